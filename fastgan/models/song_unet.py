@@ -1,0 +1,184 @@
+"""SongUNet: DDPM++ and NCSN++ (Song et al. 2021) as EDM parametrises them."""
+
+from collections.abc import Sequence
+from math import sqrt
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastgan.models.init import XAVIER
+from fastgan.models.layers import (
+    Conv2d,
+    FourierEmbedding,
+    GroupNorm,
+    Linear,
+    PositionalEmbedding,
+)
+from fastgan.models.unet_block import UNetBlock
+
+
+class SongUNet(nn.Module):
+    """The raw network F(c_in x; c_noise, labels) of EDM's preconditioning.
+
+    DDPM++ is positional / standard / [1, 1] / channel_mult_noise 1; NCSN++ is fourier / residual /
+    [1, 3, 3, 1] / channel_mult_noise 2. Images are [N, C, H, W], c_noise [N], labels [N, label_dim].
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        in_channels: int,
+        out_channels: int,
+        label_dim: int = 0,
+        augment_dim: int = 0,
+        model_channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        channel_mult_emb: int = 4,
+        num_blocks: int = 4,
+        attn_resolutions: Sequence[int] = (16,),
+        dropout: float = 0.0,
+        embedding_type: Literal["positional", "fourier"] = "positional",
+        channel_mult_noise: int = 1,
+        encoder_type: Literal["standard", "skip", "residual"] = "standard",
+        decoder_type: Literal["standard", "skip"] = "standard",
+        resample_filter: Sequence[float] = (1, 1),
+    ) -> None:
+        super().__init__()
+        emb_channels = model_channels * channel_mult_emb
+        noise_channels = model_channels * channel_mult_noise
+        block = {
+            "emb_channels": emb_channels,
+            "num_heads": 1,
+            "dropout": dropout,
+            "skip_scale": sqrt(0.5),
+            "eps": 1e-6,
+            "resample_filter": resample_filter,
+            "resample_proj": True,
+            "adaptive_scale": False,
+            "init": XAVIER,
+            "init_last": XAVIER.scaled(1e-5),
+            "init_attn": XAVIER.scaled(sqrt(0.2)),
+        }
+        aux = {"resample_filter": resample_filter, "init": XAVIER}
+
+        self.map_noise = (
+            FourierEmbedding(noise_channels)
+            if embedding_type == "fourier"
+            else PositionalEmbedding(noise_channels, endpoint=True)
+        )
+        self.map_label = Linear(label_dim, noise_channels, init=XAVIER) if label_dim else None
+        self.map_augment = (
+            Linear(augment_dim, noise_channels, bias=False, init=XAVIER) if augment_dim else None
+        )
+        self.map_layer0 = Linear(noise_channels, emb_channels, init=XAVIER)
+        self.map_layer1 = Linear(emb_channels, emb_channels, init=XAVIER)
+
+        resolutions = [img_resolution >> level for level in range(len(channel_mult))]
+        widths = [model_channels * mult for mult in channel_mult]
+
+        self.enc = nn.ModuleDict()
+        width, aux_width, skips = model_channels, in_channels, []
+        for level, (resolution, out_width) in enumerate(zip(resolutions, widths, strict=True)):
+            at = f"{resolution}x{resolution}"
+            if level == 0:
+                self.enc[f"{at}_conv"] = Conv2d(in_channels, width, 3, init=XAVIER)
+            else:
+                self.enc[f"{at}_down"] = UNetBlock(width, width, down=True, **block)
+                if encoder_type == "skip":
+                    self.enc[f"{at}_aux_down"] = Conv2d(aux_width, aux_width, 0, down=True, **aux)
+                    self.enc[f"{at}_aux_skip"] = Conv2d(aux_width, width, 1, init=XAVIER)
+                if encoder_type == "residual":
+                    self.enc[f"{at}_aux_residual"] = Conv2d(
+                        aux_width, width, 3, down=True, fused=True, **aux
+                    )
+                    aux_width = width
+            skips.append(width)
+            for i in range(num_blocks):
+                attend = resolution in attn_resolutions
+                self.enc[f"{at}_block{i}"] = UNetBlock(width, out_width, attention=attend, **block)
+                width = out_width
+                skips.append(width)
+
+        self.dec = nn.ModuleDict()
+        deepest = len(channel_mult) - 1
+        for level in range(deepest, -1, -1):
+            resolution, out_width = resolutions[level], widths[level]
+            at = f"{resolution}x{resolution}"
+            if level == deepest:
+                self.dec[f"{at}_in0"] = UNetBlock(width, width, attention=True, **block)
+                self.dec[f"{at}_in1"] = UNetBlock(width, width, **block)
+            else:
+                self.dec[f"{at}_up"] = UNetBlock(width, width, up=True, **block)
+            for i in range(num_blocks + 1):
+                attend = i == num_blocks and resolution in attn_resolutions
+                self.dec[f"{at}_block{i}"] = UNetBlock(
+                    width + skips.pop(), out_width, attention=attend, **block
+                )
+                width = out_width
+            if decoder_type == "skip" or level == 0:
+                if decoder_type == "skip" and level < deepest:
+                    self.dec[f"{at}_aux_up"] = Conv2d(out_channels, out_channels, 0, up=True, **aux)
+                self.dec[f"{at}_aux_norm"] = GroupNorm(width, eps=1e-6)
+                self.dec[f"{at}_aux_conv"] = Conv2d(
+                    width, out_channels, 3, init=XAVIER.scaled(1e-5)
+                )
+
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        emb = self.embed(c_noise, labels, augment_labels)
+        x, skips = self.encode(x, emb)
+        return self.decode(x, skips, emb)
+
+    def embed(
+        self, c_noise: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> Tensor:
+        """The conditioning vector [N, emb_channels] that every block's affine map reads."""
+        cos, sin = self.map_noise(c_noise).chunk(2, dim=1)
+        emb = torch.cat([sin, cos], dim=1)
+        if self.map_label is not None and labels is not None:
+            emb = emb + self.map_label(labels * sqrt(self.map_label.in_features))
+        if self.map_augment is not None and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+
+    def encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The deepest map and the skips of every layer, shallow to deep."""
+        skips: list[Tensor] = []
+        aux = x
+        for name, layer in self.enc.items():
+            if "aux_down" in name:
+                aux = layer(aux)
+            elif "aux_skip" in name:
+                x = skips[-1] = x + layer(aux)
+            elif "aux_residual" in name:
+                x = skips[-1] = aux = (x + layer(aux)) / sqrt(2)
+            else:
+                x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
+                skips.append(x)
+        return x, skips
+
+    def decode(self, x: Tensor, skips: list[Tensor], emb: Tensor) -> Tensor:
+        """The raw output [N, out_channels, H, W]; consumes `skips` from its end."""
+        out: Tensor | None = None
+        normed = x
+        for name, layer in self.dec.items():
+            if "aux_up" in name:
+                out = layer(out)
+            elif "aux_norm" in name:
+                normed = layer(x)
+            elif "aux_conv" in name:
+                contribution = layer(F.silu(normed))
+                out = contribution if out is None else out + contribution
+            else:
+                if x.shape[1] != layer.in_channels:
+                    x = torch.cat([x, skips.pop()], dim=1)
+                x = layer(x, emb)
+        assert out is not None and not skips
+        return out
