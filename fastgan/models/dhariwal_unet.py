@@ -1,6 +1,7 @@
 """DhariwalUNet: ADM (Dhariwal & Nichol 2021) as EDM parametrises it."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +34,10 @@ class DhariwalUNet(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.img_resolution, self.img_channels = img_resolution, in_channels
         emb_channels = model_channels * channel_mult_emb
         silent = FAN_IN.scaled(0.0, bias=0.0)
-        block = {"emb_channels": emb_channels, "dropout": dropout, "init_last": silent}
+        block = partial(UNetBlock, emb_channels=emb_channels, dropout=dropout, init_last=silent)
 
         self.map_noise = PositionalEmbedding(model_channels, endpoint=False)
         self.map_augment = (
@@ -57,11 +59,11 @@ class DhariwalUNet(nn.Module):
             if level == 0:
                 self.enc[f"{at}_conv"] = Conv2d(in_channels, width, 3)
             else:
-                self.enc[f"{at}_down"] = UNetBlock(width, width, down=True, **block)
+                self.enc[f"{at}_down"] = block(width, width, down=True)
             skips.append(width)
             for i in range(num_blocks):
                 attend = resolution in attn_resolutions
-                self.enc[f"{at}_block{i}"] = UNetBlock(width, out_width, attention=attend, **block)
+                self.enc[f"{at}_block{i}"] = block(width, out_width, attention=attend)
                 width = out_width
                 skips.append(width)
 
@@ -71,15 +73,13 @@ class DhariwalUNet(nn.Module):
             resolution, out_width = resolutions[level], widths[level]
             at = f"{resolution}x{resolution}"
             if level == deepest:
-                self.dec[f"{at}_in0"] = UNetBlock(width, width, attention=True, **block)
-                self.dec[f"{at}_in1"] = UNetBlock(width, width, **block)
+                self.dec[f"{at}_in0"] = block(width, width, attention=True)
+                self.dec[f"{at}_in1"] = block(width, width)
             else:
-                self.dec[f"{at}_up"] = UNetBlock(width, width, up=True, **block)
+                self.dec[f"{at}_up"] = block(width, width, up=True)
             for i in range(num_blocks + 1):
                 attend = resolution in attn_resolutions
-                self.dec[f"{at}_block{i}"] = UNetBlock(
-                    width + skips.pop(), out_width, attention=attend, **block
-                )
+                self.dec[f"{at}_block{i}"] = block(width + skips.pop(), out_width, attention=attend)
                 width = out_width
         self.out_norm = GroupNorm(width, eps=1e-5)
         self.out_conv = Conv2d(width, out_channels, 3, init=silent)

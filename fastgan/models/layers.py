@@ -1,7 +1,8 @@
 """The layers of EDM's UNets under the parameter names of the published checkpoints.
 
 Parameters are float32 masters; each layer casts them to the dtype of its input, so that the same
-module computes in float32, bf16 or (converted as a whole) float64. Arrays are [N, C, H, W] or [N, C].
+module computes in float32, bf16 or (converted as a whole) float64. Arrays are [N, C, H, W] or
+[N, C].
 """
 
 import math
@@ -79,6 +80,8 @@ class Conv2d(nn.Module):
     needs no padding of its own.
     """
 
+    resample_filter: Tensor
+
     def __init__(
         self,
         in_channels: int,
@@ -125,7 +128,7 @@ class Conv2d(nn.Module):
 
 
 class PositionalEmbedding(nn.Module):
-    """[cos, sin] of c_noise times frequencies 10000^(-i / (n/2 - endpoint)); [N] -> [N, channels]."""
+    """[N] -> [N, channels]: [cos, sin] of c_noise times 10000^(-i / (channels/2 - endpoint))."""
 
     def __init__(self, channels: int, *, endpoint: bool) -> None:
         super().__init__()
@@ -140,12 +143,14 @@ class PositionalEmbedding(nn.Module):
 
 
 class FourierEmbedding(nn.Module):
-    """[cos, sin] of 2 pi c_noise times fixed random frequencies 16 N(0, 1); [N] -> [N, channels]."""
+    """[N] -> [N, channels]: [cos, sin] of 2 pi c_noise times fixed frequencies 16 N(0, 1)."""
+
+    freqs: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.register_buffer("freqs", 16 * torch.randn(channels // 2))
 
     def forward(self, c_noise: Tensor) -> Tensor:
-        angle = torch.outer(c_noise, 2 * math.pi * self.freqs.to(c_noise.dtype))
+        angle = torch.outer(c_noise, self.freqs.to(c_noise.dtype) * (2 * math.pi))
         return torch.cat([angle.cos(), angle.sin()], dim=1)

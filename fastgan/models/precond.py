@@ -1,7 +1,5 @@
 """EDM's preconditioning (Karras et al. 2022, Table 1) and its eps-shifted form."""
 
-from math import sqrt
-
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +8,7 @@ from fastgan.models.layers import at_least_float32
 from fastgan.models.song_unet import SongUNet
 
 D2O_EPS = 0.002
+SIGMA_INIT = 80.0  # G(z) = D(80 z; 80)
 
 
 class Precond(nn.Module):
@@ -56,7 +55,7 @@ class Precond(nn.Module):
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
     ) -> Tensor:
-        """Denoises x [N, C, H, W] at sigma [N] or [1]; labels are one-hot [N, label_dim] or None."""
+        """Denoises x [N, C, H, W] at sigma [N] or [1]; labels one-hot [N, label_dim] or None."""
         x = at_least_float32(x)
         sigma = sigma.to(x.dtype).reshape(-1, 1, 1, 1)
         scaled = (self.c_in(sigma) * x).to(self._dtype())
@@ -91,12 +90,3 @@ class Precond(nn.Module):
         if labels is None:
             return masters.new_zeros(1, self.label_dim)
         return labels.to(masters.dtype)
-
-
-SIGMA_INIT = 80.0
-
-
-def one_step(network: Precond, z: Tensor, class_labels: Tensor | None = None) -> Tensor:
-    """The generator G(z) = D(80 z; sigma = 80): z [N, C, H, W] standard normal -> images, [-1, 1]."""
-    sigma = torch.full((1,), SIGMA_INIT, dtype=z.dtype, device=z.device)
-    return network(SIGMA_INIT * z, sigma, class_labels)

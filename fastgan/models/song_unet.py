@@ -1,6 +1,7 @@
 """SongUNet: DDPM++ and NCSN++ (Song et al. 2021) as EDM parametrises them."""
 
 from collections.abc import Sequence
+from functools import partial
 from math import sqrt
 from typing import Literal
 
@@ -23,7 +24,8 @@ class SongUNet(nn.Module):
     """The raw network F(c_in x; c_noise, labels) of EDM's preconditioning.
 
     DDPM++ is positional / standard / [1, 1] / channel_mult_noise 1; NCSN++ is fourier / residual /
-    [1, 3, 3, 1] / channel_mult_noise 2. Images are [N, C, H, W], c_noise [N], labels [N, label_dim].
+    [1, 3, 3, 1] / channel_mult_noise 2. Images are [N, C, H, W], c_noise [N], labels
+    [N, label_dim].
     """
 
     def __init__(
@@ -46,24 +48,26 @@ class SongUNet(nn.Module):
         resample_filter: Sequence[float] = (1, 1),
     ) -> None:
         super().__init__()
+        self.img_resolution, self.img_channels = img_resolution, in_channels
         emb_channels = model_channels * channel_mult_emb
         noise_channels = model_channels * channel_mult_noise
-        block = {
-            "emb_channels": emb_channels,
-            "num_heads": 1,
-            "dropout": dropout,
-            "skip_scale": sqrt(0.5),
-            "eps": 1e-6,
-            "resample_filter": resample_filter,
-            "resample_proj": True,
-            "adaptive_scale": False,
-            "init": XAVIER,
-            "init_last": XAVIER.scaled(1e-5),
-            "init_attn": XAVIER.scaled(sqrt(0.2)),
-        }
-        aux = {"resample_filter": resample_filter, "init": XAVIER}
+        block = partial(
+            UNetBlock,
+            emb_channels=emb_channels,
+            num_heads=1,
+            dropout=dropout,
+            skip_scale=sqrt(0.5),
+            eps=1e-6,
+            resample_filter=resample_filter,
+            resample_proj=True,
+            adaptive_scale=False,
+            init=XAVIER,
+            init_last=XAVIER.scaled(1e-5),
+            init_attn=XAVIER.scaled(sqrt(0.2)),
+        )
+        resample = partial(Conv2d, resample_filter=resample_filter, init=XAVIER)
 
-        self.map_noise = (
+        self.map_noise: nn.Module = (
             FourierEmbedding(noise_channels)
             if embedding_type == "fourier"
             else PositionalEmbedding(noise_channels, endpoint=True)
@@ -85,19 +89,19 @@ class SongUNet(nn.Module):
             if level == 0:
                 self.enc[f"{at}_conv"] = Conv2d(in_channels, width, 3, init=XAVIER)
             else:
-                self.enc[f"{at}_down"] = UNetBlock(width, width, down=True, **block)
+                self.enc[f"{at}_down"] = block(width, width, down=True)
                 if encoder_type == "skip":
-                    self.enc[f"{at}_aux_down"] = Conv2d(aux_width, aux_width, 0, down=True, **aux)
+                    self.enc[f"{at}_aux_down"] = resample(aux_width, aux_width, 0, down=True)
                     self.enc[f"{at}_aux_skip"] = Conv2d(aux_width, width, 1, init=XAVIER)
                 if encoder_type == "residual":
-                    self.enc[f"{at}_aux_residual"] = Conv2d(
-                        aux_width, width, 3, down=True, fused=True, **aux
+                    self.enc[f"{at}_aux_residual"] = resample(
+                        aux_width, width, 3, down=True, fused=True
                     )
                     aux_width = width
             skips.append(width)
             for i in range(num_blocks):
                 attend = resolution in attn_resolutions
-                self.enc[f"{at}_block{i}"] = UNetBlock(width, out_width, attention=attend, **block)
+                self.enc[f"{at}_block{i}"] = block(width, out_width, attention=attend)
                 width = out_width
                 skips.append(width)
 
@@ -107,19 +111,17 @@ class SongUNet(nn.Module):
             resolution, out_width = resolutions[level], widths[level]
             at = f"{resolution}x{resolution}"
             if level == deepest:
-                self.dec[f"{at}_in0"] = UNetBlock(width, width, attention=True, **block)
-                self.dec[f"{at}_in1"] = UNetBlock(width, width, **block)
+                self.dec[f"{at}_in0"] = block(width, width, attention=True)
+                self.dec[f"{at}_in1"] = block(width, width)
             else:
-                self.dec[f"{at}_up"] = UNetBlock(width, width, up=True, **block)
+                self.dec[f"{at}_up"] = block(width, width, up=True)
             for i in range(num_blocks + 1):
                 attend = i == num_blocks and resolution in attn_resolutions
-                self.dec[f"{at}_block{i}"] = UNetBlock(
-                    width + skips.pop(), out_width, attention=attend, **block
-                )
+                self.dec[f"{at}_block{i}"] = block(width + skips.pop(), out_width, attention=attend)
                 width = out_width
             if decoder_type == "skip" or level == 0:
                 if decoder_type == "skip" and level < deepest:
-                    self.dec[f"{at}_aux_up"] = Conv2d(out_channels, out_channels, 0, up=True, **aux)
+                    self.dec[f"{at}_aux_up"] = resample(out_channels, out_channels, 0, up=True)
                 self.dec[f"{at}_aux_norm"] = GroupNorm(width, eps=1e-6)
                 self.dec[f"{at}_aux_conv"] = Conv2d(
                     width, out_channels, 3, init=XAVIER.scaled(1e-5)

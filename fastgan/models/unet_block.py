@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from fastgan.models.layers import Conv2d, GroupNorm, Linear, at_least_float32
 def attention(qkv: Tensor, num_heads: int) -> Tensor:
     """Self-attention over pixels; qkv [N, 3C, H, W] -> [N, C, H, W].
 
-    q, k and v interleave fastest: channel = head x 3d + 3c + {0, 1, 2}. Softmax in float32 at least.
+    q, k and v interleave fastest: channel = head x 3d + 3c + {0, 1, 2}. Softmax in float32.
     Spelled out rather than by scaled_dot_product_attention, which has no second derivative on the
     CPU, and R1 differentiates twice through a UNet encoder used as feature network.
     """
@@ -64,9 +65,9 @@ class UNetBlock(nn.Module):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.dropout, self.skip_scale, self.adaptive_scale = dropout, skip_scale, adaptive_scale
 
-        resample = {"up": up, "down": down, "resample_filter": resample_filter}
+        resampled = partial(Conv2d, up=up, down=down, resample_filter=resample_filter, init=init)
         self.norm0 = GroupNorm(in_channels, eps=eps)
-        self.conv0 = Conv2d(in_channels, out_channels, 3, init=init, **resample)
+        self.conv0 = resampled(in_channels, out_channels, 3)
         self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1), init=init)
         self.norm1 = GroupNorm(out_channels, eps=eps)
         self.conv1 = Conv2d(out_channels, out_channels, 3, init=init_last)
@@ -74,7 +75,7 @@ class UNetBlock(nn.Module):
         self.skip: Conv2d | None = None
         if in_channels != out_channels or up or down:
             kernel = 1 if resample_proj or in_channels != out_channels else 0
-            self.skip = Conv2d(in_channels, out_channels, kernel, init=init, **resample)
+            self.skip = resampled(in_channels, out_channels, kernel)
         if self.num_heads:
             self.norm2 = GroupNorm(out_channels, eps=eps)
             self.qkv = Conv2d(out_channels, 3 * out_channels, 1, init=init_attn)

@@ -1,0 +1,204 @@
+"""Networks out of EDM's pickled checkpoints, without running anything that lies in them.
+
+EDM stores an object as a call of its persistence function with the object's source text and its
+`__dict__`; loading it the original way executes that text. Here the file is read as data
+(fastgan.checkpoint.inert_pickle); tensors and constructor arguments are picked out of the records,
+and the architecture is ours.
+"""
+
+import hashlib
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from torch import Tensor
+
+from fastgan.checkpoint.edm_arguments import architecture
+from fastgan.checkpoint.edm_records import (
+    NN_MODULES,
+    PERSISTENT,
+    module_content,
+    read_tensors,
+    shown,
+)
+from fastgan.checkpoint.inert_pickle import InertUnpickler, RefusedGlobal
+from fastgan.checkpoint.network_file import require_fit, save_network
+from fastgan.errors import UserError
+from fastgan.files import file_sha256
+
+MAX_FILE_BYTES = 8 << 30  # the largest published checkpoint has 1.2 GB, with `net` and `ema` 2.4
+LICENSE = "CC-BY-NC-SA-4.0"  # of EDM's weights, and so of what is derived from them
+
+_PRECONDS = {"EDMPrecond": "EDMPrecond", "D2OPrecond": "D2OPrecond", "GDDPrecond": "D2OPrecond"}
+_DICTS = frozenset({"collections.OrderedDict", "dnnlib.util.EasyDict"})
+_ALLOWED = _DICTS | {
+    PERSISTENT,
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_parameter",
+    "torch.storage._load_from_bytes",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    "_codecs.encode",
+    "builtins.set",  # how protocols 2 and 3 spell a set
+    "__builtin__.set",
+}
+_EXPECTED = "an EDM, D2O or GDD checkpoint expected"
+
+
+@dataclass(frozen=True)
+class EdmNetwork:
+    """One network of a published checkpoint.
+
+    Attributes:
+        config: what `fastgan.models.network_from_config` takes.
+        state: parameters and persistent buffers under their published names, dtypes as stored.
+        source_class: EDMPrecond, D2OPrecond or GDDPrecond.
+        sha256: of the whole file, in hexadecimal.
+        format: the file's layout, "edm" {ema, loss_fn, ...} or "d2o" {net, ema, ...}.
+        network: the key that it lay under, "ema" or "net".
+        unused_arguments: constructor arguments of the source that nothing here corresponds to.
+    """
+
+    config: dict[str, Any]
+    state: dict[str, Tensor]
+    source_class: str
+    sha256: str
+    format: str
+    network: str
+    unused_arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def read_edm_pickle(path: str | Path, network: str = "ema") -> EdmNetwork:
+    """Reads the network under the key `network` ("ema" or "net") of an EDM, D2O or GDD pickle.
+
+    Tensors come out bit-identical on the CPU. Their names and shapes are held against the
+    architecture that the file's own constructor arguments describe. The file has at most
+    MAX_FILE_BYTES, and its tensors have no more bytes than it. Raises UserError; for a file that
+    mentions a global outside the format, with that name.
+    """
+    path = Path(path)
+    with _mapped(path) as file:
+        try:
+            return _read_network(file, _load_root(file, path), network, path)
+        except UserError:
+            raise
+        except Exception as error:
+            # Decoding a damaged or hostile file fails anywhere and anyhow; the answer is the same.
+            reason = f"{type(error).__name__} {shown(error)}".strip()
+            raise UserError(f"damaged checkpoint, {path} ({reason}), {_EXPECTED}") from error
+
+
+def import_edm(
+    source: Path, destination: Path, network: str = "ema", force: bool = False
+) -> dict[str, Any]:
+    """Writes a network of the pickle `source` as the network file `destination`; says what it did.
+
+    Raises UserError before anything is read if `destination` exists and `force` is not given.
+    """
+    if destination.resolve() == source.resolve():
+        raise UserError(f"source and destination are one file, {source}, two paths expected")
+    if destination.exists() and not force:
+        raise UserError(f"file exists, {destination}, another path or --force expected")
+    found = read_edm_pickle(source, network)
+    provenance = {
+        "base_model": source.stem,
+        "base_sha256": found.sha256,
+        "license": LICENSE,
+        "source_class": found.source_class,
+        "source_format": found.format,
+        "source_network": network,
+        "unused_arguments": found.unused_arguments,
+    }
+    kind = "ema" if network == "ema" else "generator"
+    save_network(destination, found.config, found.state, kind=kind, provenance=provenance)
+    return {
+        **provenance,
+        "tensors": len(found.state),
+        "values": sum(tensor.numel() for tensor in found.state.values()),
+        "destination": str(destination),
+        "sha256": file_sha256(destination),
+    }
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap]:
+    """The file's bytes; reads from a map never allocate more than is there."""
+    try:
+        if not path.is_file():
+            raise UserError(f"no such file, {path}, {_EXPECTED}")
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise UserError(f"{size} bytes, {path}, at most {MAX_FILE_BYTES} are read")
+        with path.open("rb") as file:
+            if file.read(1) != b"\x80":
+                raise UserError(f"not a pickle of protocol 2 or newer, {path}, {_EXPECTED}")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                yield mapped
+    except OSError as error:
+        raise UserError(f"cannot read, {path} ({error.strerror}), {_EXPECTED}") from error
+
+
+def _load_root(file: mmap.mmap, path: Path) -> dict[str, object]:
+    """The outermost dict of the file."""
+    try:
+        root = InertUnpickler(cast(BinaryIO, file), _is_allowed, _DICTS).load()
+    except RefusedGlobal as error:
+        if "encoder" in error.root_keys:
+            raise _edm2(path) from error
+        raise UserError(
+            f"the file names the global {shown(error.name)}, {path}, which no EDM checkpoint "
+            "needs: refused, only the published format is read"
+        ) from error
+    if not isinstance(root, dict) or not all(isinstance(key, str) for key in root):
+        raise UserError(f"no named networks at the top level, {path}, {_EXPECTED}")
+    if file.tell() != len(file):
+        raise UserError(
+            f"{len(file) - file.tell()} bytes after the pickle's end, {path}, a whole file expected"
+        )
+    return root
+
+
+def _is_allowed(name: str) -> bool:
+    return name in _ALLOWED or name.startswith(NN_MODULES)
+
+
+def _read_network(file: mmap.mmap, root: dict[str, object], network: str, path: Path) -> EdmNetwork:
+    """The chosen network of the outermost dict `root` of `file`."""
+    precond = _choose(root, network, path)
+    class_name, content = module_content(precond)
+    if class_name == "Precond":
+        raise _edm2(path)
+    if class_name not in _PRECONDS:
+        raise UserError(
+            f"{network!r} is of class {shown(class_name)}, {path}, "
+            f"one of {', '.join(_PRECONDS)} expected"
+        )
+    config, unused = architecture(_PRECONDS[class_name], content, str(path))
+    state = read_tensors(precond, max_bytes=len(file), where=str(path))
+    require_fit(config, state, str(path))
+    return EdmNetwork(
+        config=config,
+        state=state,
+        source_class=class_name,
+        sha256=hashlib.sha256(file).hexdigest(),
+        format="d2o" if "net" in root else "edm",
+        network=network,
+        unused_arguments=unused,
+    )
+
+
+def _choose(root: dict[str, object], network: str, path: Path) -> object:
+    if "encoder" in root:
+        raise _edm2(path)
+    if root.get(network) is None:
+        held = ", ".join(shown(key) for key in list(root)[:8]) or "nothing"
+        raise UserError(f"no network {network!r}, {path} (it holds {held}), ema or net expected")
+    return root[network]
+
+
+def _edm2(path: Path) -> UserError:
+    return UserError(f"an EDM2 checkpoint, {path}, whose networks are not supported: {_EXPECTED}")

@@ -1,0 +1,139 @@
+"""Checkpoints of a run: written aside, renamed into place, `latest` moved last.
+
+`checkpoints/<nimg>/` holds `ema.safetensors` (the public network file that sampling and evaluation
+read), `training.safetensors` (trainable parameters, discriminator, optimisers) and `meta.json`.
+`checkpoints/latest` is a text file naming the folder to resume from.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastgan.checkpoint.network_file import load_network_file, save_network
+from fastgan.errors import UserError
+from fastgan.files import replace_atomically
+
+EMA = "ema.safetensors"
+TRAINING = "training.safetensors"
+META = "meta.json"
+LATEST = "latest"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One saved state: the averaged network, everything else that training needs, and facts."""
+
+    network_config: dict[str, Any]
+    average: dict[str, Tensor]
+    training: dict[str, Tensor]
+    nimg: int
+    iteration: int
+    metrics: dict[str, float]
+    provenance: dict[str, Any]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """Writes `folder/<nimg>`, points `latest` at it and drops all but the newest `keep`.
+
+    The checkpoint with the lowest metric is kept besides.
+    """
+    target = folder / f"{checkpoint.nimg:010d}"
+    aside = folder / f".{target.name}.part"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        save_network(
+            aside / EMA,
+            checkpoint.network_config,
+            checkpoint.average,
+            kind="ema",
+            nimg=checkpoint.nimg,
+            provenance=checkpoint.provenance,
+        )
+        save_file({n: t.contiguous() for n, t in checkpoint.training.items()}, aside / TRAINING)
+        facts = {
+            "nimg": checkpoint.nimg,
+            "iteration": checkpoint.iteration,
+            "metrics": checkpoint.metrics,
+        }
+        (aside / META).write_text(json.dumps(facts, indent=2) + "\n")
+        for file in aside.iterdir():
+            _sync(file)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(aside, target)
+        _sync(folder)
+        with replace_atomically(folder / LATEST) as pointer:
+            pointer.write(f"{target.name}\n".encode())
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(
+            f"cannot write a checkpoint ({error.strerror}), {target}, free space would be right"
+        ) from error
+    _drop_old(folder, keep)
+    return target
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The folder that `latest` names, None before the first checkpoint."""
+    pointer = folder / LATEST
+    if not pointer.exists():
+        return None
+    name = pointer.read_text()[:64].strip()
+    if not name.isdigit() or not (folder / name).is_dir():
+        raise UserError(f"{pointer} names no checkpoint beside it, the name of one would be right")
+    return folder / name
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads what `save_checkpoint` wrote; UserError naming the file that is missing or damaged."""
+    network = load_network_file(path / EMA)
+    try:
+        facts = json.loads((path / META).read_text())
+        training = load_file(path / TRAINING)
+        return Checkpoint(
+            network_config=dict(network.config),
+            average=dict(network.state),
+            training=training,
+            nimg=int(facts["nimg"]),
+            iteration=int(facts["iteration"]),
+            metrics=dict(facts["metrics"]),
+            provenance={},
+        )
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"damaged checkpoint ({error}), {path}, "
+            "another checkpoint's name in `latest` would resume from there"
+        ) from error
+
+
+def _drop_old(folder: Path, keep: int) -> None:
+    saved = sorted(p for p in folder.iterdir() if p.name.isdigit() and p.is_dir())
+    kept = set(saved[-max(keep, 1) :])
+    scored = [(min(metrics.values()), path) for path in saved if (metrics := _metrics(path))]
+    if scored:
+        kept.add(min(scored)[1])
+    for path in saved:
+        if path not in kept:
+            shutil.rmtree(path)
+
+
+def _metrics(path: Path) -> dict[str, float]:
+    try:
+        return json.loads((path / META).read_text())["metrics"]
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

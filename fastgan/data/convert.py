@@ -1,0 +1,145 @@
+"""Pictures of any size into a dataset zip in EDM's format.
+
+The same source gives the same bytes: entries follow the sorted source names and carry no dates.
+"""
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import PIL
+from PIL import Image
+from tqdm import tqdm
+
+from fastgan.data.dataset import subset_indices
+from fastgan.data.decode import load_pixels, open_image
+from fastgan.data.image_source import INDEX_NAME, ImageSource
+from fastgan.data.labels import labels_from_folders
+from fastgan.data.source_dataset import open_source
+from fastgan.data.transforms import TRANSFORMS, to_mode
+from fastgan.errors import UserError
+from fastgan.files import replace_atomically
+
+LabelRule = Literal["source", "from-folders", "none"]
+_BATCH = 256
+_ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What to make of the pictures; `resolution` None keeps the first one's side (only `none`)."""
+
+    transform: str = "none"
+    resolution: int | None = None
+    channels: int = 3
+    labels: LabelRule = "source"
+    max_images: int | None = None
+
+
+def convert(source_path: str | Path, target: str | Path, how: Conversion) -> int:
+    """Writes the dataset zip `target` from a zip or folder; returns the number of images.
+
+    A UserError leaves no file behind, and an existing target is never replaced.
+    """
+    target = Path(target)
+    _check_request(target, how)
+    source = open_source(source_path)
+    labels = _labels(source, how.labels)
+    chosen = _chosen(len(source.names), how.max_images)
+    names = [source.names[index] for index in chosen]
+    resolution = how.resolution or _first_side(source, names[0])
+
+    def encode(name: str) -> bytes:
+        return _encode(source, name, resolution, how)
+
+    with replace_atomically(target) as file, zipfile.ZipFile(file, "w") as archive:
+        entries = _write_images(archive, _in_threads(encode, names))
+        index = _index(entries, None if labels is None else labels[chosen])
+        index["resampling"] = _resampling(source, resolution, how)
+        index["source"] = f"{source.path.name}, {source.fingerprint()}"
+        _write(archive, INDEX_NAME, json.dumps(index).encode())
+    return len(names)
+
+
+def entry_name(index: int) -> str:
+    """EDM's name of image `index`: a thousand images to a folder."""
+    return f"{index:08d}"[:5] + f"/img{index:08d}.png"
+
+
+def _check_request(target: Path, how: Conversion) -> None:
+    if target.suffix != ".zip":
+        raise UserError(f"target {target}, a name ending in .zip expected")
+    if target.exists():
+        raise UserError(f"target {target} exists, a new file's name expected")
+    if how.resolution is None and how.transform != "none":
+        raise UserError(f"transform {how.transform} without a resolution, for example 64 expected")
+    if how.resolution is not None and how.resolution < 1:
+        raise UserError(f"resolution {how.resolution}, at least 1 expected")
+    if how.max_images is not None and how.max_images < 1:
+        raise UserError(f"max_images {how.max_images}, at least 1 expected")
+
+
+def _labels(source: ImageSource, rule: LabelRule) -> np.ndarray | None:
+    if rule == "from-folders":
+        return labels_from_folders(source.names, f"{source.kind} {source.path}")
+    return source.labels if rule == "source" else None
+
+
+def _chosen(total: int, max_images: int | None) -> np.ndarray:
+    return np.arange(total) if max_images is None else subset_indices(total, max_images)
+
+
+def _first_side(source: ImageSource, name: str) -> int:
+    image = open_image(source.read(name), source.where(name))
+    return image.width
+
+
+def _encode(source: ImageSource, name: str, resolution: int, how: Conversion) -> bytes:
+    where = source.where(name)
+    image = load_pixels(open_image(source.read(name), where), where)
+    image = TRANSFORMS[how.transform](to_mode(image, where, how.channels), resolution, where)
+    # A fresh image: profiles, gamma and comments of the original are no part of a dataset.
+    encoded = io.BytesIO()
+    Image.fromarray(np.asarray(image)).save(encoded, format="PNG")
+    return encoded.getvalue()
+
+
+def _in_threads(encode: Callable[[str], bytes], names: list[str]) -> Iterator[bytes]:
+    """`encode` of every name in order; Pillow works outside the interpreter's lock."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(names), disable=None) as bar:
+        # In batches, since the pool would otherwise run ahead of the writing without bound.
+        for start in range(0, len(names), _BATCH):
+            batch = names[start : start + _BATCH]
+            yield from pool.map(encode, batch)
+            bar.update(len(batch))
+
+
+def _write_images(archive: zipfile.ZipFile, images: Iterable[bytes]) -> list[str]:
+    entries = []
+    for index, image in enumerate(images):
+        entries.append(entry_name(index))
+        _write(archive, entries[-1], image)
+    return entries
+
+
+def _write(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
+    archive.writestr(zipfile.ZipInfo(name, _ZIP_EPOCH), data, zipfile.ZIP_STORED)
+
+
+def _index(entries: list[str], labels: np.ndarray | None) -> dict[str, Any]:
+    if labels is None:
+        return {"labels": None}
+    return {"labels": [list(pair) for pair in zip(entries, labels.tolist(), strict=True)]}
+
+
+def _resampling(source: ImageSource, resolution: int, how: Conversion) -> str:
+    if how.transform == "none":
+        return str(source.metadata.get("resampling", "none"))
+    return f"{how.transform} to {resolution} (Pillow {PIL.__version__})"

@@ -1,0 +1,91 @@
+"""What training and evaluation know of a dataset, and how one is opened."""
+
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import numpy as np
+
+from fastgan.data.source_dataset import SourceDataset, open_source
+from fastgan.errors import UserError
+
+_SUBSET_SEED = 0
+_DIGITS: dict[str, Literal["train", "val", "test"]] = {
+    "digits": "train",
+    "digits/train": "train",
+    "digits/val": "val",
+    "digits/test": "test",
+}
+
+
+class ImageDataset(Protocol):
+    """Square uint8 images of one size in a fixed order, perhaps with labels.
+
+    `labels` is int64 [n] (classes), float32 [n, label_dim] (vectors) or None; `label_dim` is the
+    largest class + 1, the length of the vectors, or 0. `name` is for people.
+    """
+
+    name: str
+    resolution: int
+    channels: int
+    label_dim: int
+    labels: np.ndarray | None
+
+    def __len__(self) -> int: ...
+
+    def images(self, indices: np.ndarray) -> np.ndarray:
+        """uint8 [k, channels, resolution, resolution] of the images at int [k] `indices`."""
+        ...
+
+    def provenance(self) -> dict[str, Any]:
+        """What identifies the data beside a number computed from it; JSON types only."""
+        ...
+
+
+def open_dataset(path: str | Path, *, max_images: int | None = None) -> ImageDataset:
+    """Opens a zip, a folder, or the embedded `digits`, `digits/val`, `digits/test`.
+
+    `max_images` keeps a fixed random subset in the dataset's order (smaller subsets lie inside
+    larger ones) and leaves `label_dim` as it is. Raises UserError naming the file or entry.
+    """
+    if max_images is not None and max_images < 1:
+        raise UserError(f"max_images={max_images}, dataset {path}, at least 1 expected")
+    dataset = _open_whole(path)
+    if max_images is None or max_images >= len(dataset):
+        return dataset
+    return _Subset(dataset, subset_indices(len(dataset), max_images))
+
+
+def subset_indices(total: int, size: int) -> np.ndarray:
+    """int64 [min(size, total)], sorted: a fixed random subset, nested in every larger one."""
+    order = np.random.default_rng(_SUBSET_SEED).permutation(total)
+    return np.sort(order[:size])
+
+
+def _open_whole(path: str | Path) -> ImageDataset:
+    split = _DIGITS.get(str(path))
+    if split is None:
+        return SourceDataset(open_source(path))
+    from fastgan.data.digits import Digits
+
+    return cast(ImageDataset, Digits(split))
+
+
+class _Subset:
+    """Some images of a dataset, under the dataset's own label_dim."""
+
+    def __init__(self, whole: ImageDataset, indices: np.ndarray) -> None:
+        self._whole, self._indices = whole, indices
+        self.name = whole.name
+        self.resolution, self.channels = whole.resolution, whole.channels
+        self.label_dim = whole.label_dim
+        self.labels = None if whole.labels is None else whole.labels[indices]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def images(self, indices: np.ndarray) -> np.ndarray:
+        return self._whole.images(self._indices[indices])
+
+    def provenance(self) -> dict[str, Any]:
+        subset = {"n": len(self), "subset_of": len(self._whole), "subset_seed": _SUBSET_SEED}
+        return self._whole.provenance() | subset

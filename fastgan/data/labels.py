@@ -1,0 +1,121 @@
+"""Labels of a dataset: from its dataset.json or from the names of class folders.
+
+dataset.json is EDM's: {"labels": [["00000/img00000000.png", 6], ...]} or {"labels": null}; an int
+is a class, a list of numbers a vector. Other keys are allowed and EDM's loader ignores them too.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fastgan.errors import UserError
+
+# A bound on label_dim: one absurd label must not make a network of gigabytes.
+MAX_CLASSES = 1 << 20
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+# EDM zips and FFHQ deal their images out to folders 00000, 00001, ...: no classes.
+_CHUNK_FOLDER = re.compile(r"\d{5}")
+
+
+def parse_index(data: bytes, where: str) -> dict[str, Any]:
+    """The object in a dataset.json. Raises UserError unless it has the key `labels`."""
+    try:
+        index = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"malformed JSON ({error}), {where}, an object expected") from error
+    if not isinstance(index, dict) or "labels" not in index:
+        raise UserError(f"no key 'labels', {where}, a list of [name, label] or null expected")
+    return index
+
+
+def labels_from_index(entries: Any, names: Sequence[str], where: str) -> np.ndarray | None:
+    """Labels in the order of `names`: int64 [n], float32 [n, label_dim], or None for null.
+
+    Labels of images that are not in `names` are ignored, as EDM does; an image without a label, a
+    malformed label or classes mixed with vectors is a UserError naming the image.
+    """
+    if entries is None:
+        return None
+    table = _table(entries, where)
+    missing = [name for name in names if name not in table]
+    if missing:
+        others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise UserError(f"no label for {missing[0]!r}{others}, {where}, one per image expected")
+    values = [table[name] for name in names]
+    if isinstance(values[0], list):
+        return _vectors(values, names, where)
+    return _classes(values, names, where)
+
+
+def labels_from_folders(names: Sequence[str], where: str) -> np.ndarray:
+    """int64 [n]: the rank of each name's first folder in alphabetical order."""
+    folders = []
+    for name in names:
+        folder, slash, _ = name.partition("/")
+        if not slash:
+            raise UserError(f"image {name!r} in no class folder, {where}, class/image expected")
+        folders.append(folder)
+    return np.unique(folders, return_inverse=True)[1].astype(np.int64)
+
+
+def has_class_folders(names: Sequence[str]) -> bool:
+    """Whether the images lie one level deep in two or more folders that are not numbered chunks."""
+    folders = {name.rpartition("/")[0] for name in names}
+    nested = any(not folder or "/" in folder for folder in folders)
+    chunks = all(_CHUNK_FOLDER.fullmatch(folder) for folder in folders)
+    return len(folders) >= 2 and not nested and not chunks
+
+
+def label_dim_of(labels: np.ndarray | None) -> int:
+    """0 without labels, largest class + 1, or the length of the vectors."""
+    if labels is None:
+        return 0
+    return int(labels.max()) + 1 if labels.ndim == 1 else int(labels.shape[1])
+
+
+def _table(entries: Any, where: str) -> dict[str, Any]:
+    if not isinstance(entries, list):
+        raise UserError(f"'labels' is no list, {where}, a list of [name, label] or null expected")
+    table: dict[str, Any] = {}
+    for position, entry in enumerate(entries):
+        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
+            raise UserError(f"'labels' entry {position}, {where}, [name, label] expected")
+        if entry[0] in table:
+            raise UserError(f"a second label for {entry[0]!r}, {where}, one per image expected")
+        table[entry[0]] = entry[1]
+    return table
+
+
+def _classes(values: list[Any], names: Sequence[str], where: str) -> np.ndarray:
+    for name, value in zip(names, values, strict=True):
+        # `type` and not isinstance: true and false are ints to Python.
+        if type(value) is not int or not 0 <= value < MAX_CLASSES:
+            raise UserError(
+                f"label {_shown(value)} of {name!r}, {where}, "
+                f"a class from 0 to {MAX_CLASSES - 1} expected"
+            )
+    return np.array(values, np.int64)
+
+
+def _vectors(values: list[Any], names: Sequence[str], where: str) -> np.ndarray:
+    width = len(values[0])
+    for name, value in zip(names, values, strict=True):
+        if not (isinstance(value, list) and len(value) == width > 0 and all(map(_is_real, value))):
+            raise UserError(
+                f"label {_shown(value)} of {name!r}, {where}, "
+                f"{max(width, 1)} finite numbers expected as in the first label"
+            )
+    return np.array(values, np.float32)
+
+
+def _is_real(value: Any) -> bool:
+    # The comparison is false for nan and holds for integers too large for a float.
+    return type(value) in (int, float) and abs(value) <= _FLOAT32_MAX
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,116 @@
+"""The projected discriminator: frozen backbones, frozen random mixing, trained heads.
+
+Sauer et al. 2021 ("Projected GANs Converge Faster"); one list entry of logits per backbone.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastgan.discriminator.augment import check_policy, diff_augment
+from fastgan.discriminator.backbones import Backbone, load_backbone
+from fastgan.discriminator.base import Discriminator
+from fastgan.discriminator.heads import EMBEDDING_WIDTH, ConditionalPatchHead, PatchHead
+from fastgan.discriminator.projection import RandomProjection
+from fastgan.errors import UserError
+from fastgan.seeding import seeded
+
+# Of the mixed maps for a 224 pixel input, rounded up to powers of two, shallow to deep.
+NOMINAL_SIZES = (128, 64, 32, 16)
+
+
+class ProjectedDiscriminator(Discriminator):
+    """One branch (backbone, projection, four heads) per feature network.
+
+    Logits [N, patches] per backbone: the heads' patches, shallow to deep, concatenated.
+    `label_dim` 0 is unconditional. `embedding` [label_dim, width] starts the class embedding, of
+    which every head trains its own copy; None starts from N(0, 1) with width 320 (published:
+    EfficientNet-lite0's class means, see fastgan.discriminator.class_embedding). `augment`:
+    policies of DiffAugment. Construct within `seeded`; `build_projected` does.
+    """
+
+    def __init__(
+        self,
+        backbones: Sequence[Backbone],
+        label_dim: int = 0,
+        embedding: Tensor | None = None,
+        augment: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self.augment = check_policy(augment)
+        self.backbones = nn.ModuleList(backbones)
+        projections = [RandomProjection(backbone.channels) for backbone in backbones]
+        self.projections = nn.ModuleList(projections)
+        if label_dim:
+            embedding = _checked_embedding(embedding, label_dim)
+        self.heads = nn.ModuleList(
+            _BranchHeads(p.out_channels, embedding if label_dim else None) for p in projections
+        )
+        self.loaded_elsewhere = tuple(f"backbones.{i}.extractor" for i in range(len(backbones)))
+        self.provenance = [backbone.provenance for backbone in backbones]
+
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> list[Tensor]:
+        """Logits [N, patches] per backbone. Call fakes and reals apart: BatchNorm sees a batch."""
+        branches = zip(self.backbones, self.projections, self.heads, strict=True)
+        return [
+            heads(projection(backbone(self._augmented(images, generator))), labels)
+            for backbone, projection, heads in branches
+        ]
+
+    def _augmented(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        return images if generator is None else diff_augment(images, self.augment, generator)
+
+
+class _BranchHeads(nn.Module):
+    """One backbone's heads, one per mixed map, shallow to deep."""
+
+    def __init__(self, channels: Sequence[int], embedding: Tensor | None) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(
+            PatchHead(width, size)
+            if embedding is None
+            else ConditionalPatchHead(width, size, embedding)
+            for width, size in zip(channels, NOMINAL_SIZES, strict=True)
+        )
+
+    def forward(self, maps: Sequence[Tensor], labels: Tensor | None) -> Tensor:
+        """All patches of an image side by side, [N, patches]."""
+        heads = zip(self.levels, maps, strict=True)
+        return torch.cat([head(x, labels).flatten(1) for head, x in heads], dim=1)
+
+
+def build_projected(
+    names: Sequence[str],
+    weights: Mapping[str, str | None],
+    label_dim: int = 0,
+    embedding: Tensor | None = None,
+    seed: int = 0,
+    augment: Sequence[str] = (),
+) -> ProjectedDiscriminator:
+    """A discriminator on the CPU, a function of its arguments alone (all ranks build the same one).
+
+    `weights` maps a backbone's name to None (timm's download), "random" or a file; absent = None.
+    """
+    if not names:
+        raise UserError("no backbones, in the discriminator, at least one timm model expected")
+    backbones = [load_backbone(name, weights.get(name), seed=seed) for name in names]
+    with seeded(seed):
+        return ProjectedDiscriminator(backbones, label_dim, embedding, augment)
+
+
+def _checked_embedding(embedding: Tensor | None, label_dim: int) -> Tensor:
+    if embedding is None:
+        return torch.randn(label_dim, EMBEDDING_WIDTH)
+    # Published code takes the first rows of ImageNet's for any data set: fishes for CIFAR's cars.
+    if embedding.ndim != 2 or len(embedding) != label_dim:
+        raise UserError(
+            f"class embedding of shape {list(embedding.shape)}, in the discriminator, "
+            f"one row for each of the {label_dim} classes expected"
+        )
+    return embedding.float()

@@ -1,0 +1,83 @@
+"""python -m fastgan.evaluate checkpoint=... reference=... out=...: a number and its provenance."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgan import build, distributed
+from fastgan import config as cfg
+from fastgan.cli import hydra_command
+from fastgan.data import open_dataset
+from fastgan.errors import UserError
+from fastgan.evaluation.features import FeatureExtractor
+from fastgan.evaluation.frechet import Statistics
+from fastgan.evaluation.protocol import (
+    dataset_statistics,
+    generator_statistics,
+    npz_statistics,
+    score,
+)
+from fastgan.evaluation.references import write_statistics
+from fastgan.files import file_sha256, replace_atomically
+from fastgan.precision import strict_float32
+
+
+def evaluate(config: cfg.EvaluateConfig) -> None:
+    """Frechet distance of a network's (or finished) images to a reference, as one JSON file."""
+    if (config.checkpoint is None) == (config.images is None):
+        raise UserError("one of checkpoint=... and images=... expected, not both and not neither")
+    out = Path(config.out)
+    if out.exists():
+        raise UserError(f"out={out} exists, a new name would be right")
+    world = distributed.init(config.device.value)
+    strict_float32()
+    extractor, reference = build.extractor_and_reference(
+        config.extractor,
+        config.weights,
+        config.reference,
+        world.device,
+        config.batch,
+        progress=True,
+    )
+    if config.save_reference is not None and distributed.is_main():
+        write_statistics(config.save_reference, reference)
+    if config.checkpoint is not None:
+        generated, made_by = _of_network(config, extractor, world.device)
+    else:
+        generated, made_by = _of_images(config, extractor), {"images": config.images}
+    result = {**score(generated, reference, extractor), **made_by}
+    if distributed.is_main():
+        text = json.dumps(result, indent=2)
+        with replace_atomically(out) as file:
+            file.write((text + "\n").encode())
+        print(text)
+    distributed.shutdown()
+
+
+def _of_network(
+    config: cfg.EvaluateConfig, extractor: FeatureExtractor, device: torch.device
+) -> tuple[Statistics, dict[str, Any]]:
+    assert config.checkpoint is not None
+    network, file = build.saved_network(config.checkpoint, device)
+    sample = build.sample_fn(network, config.sampler, device)
+    seeds = cfg.seed_range(config.seeds)
+    statistics = generator_statistics(sample, seeds, extractor, config.batch, progress=True)
+    sampler = {"kind": config.sampler.kind, "steps": config.sampler.steps}
+    return statistics, {
+        "checkpoint": {"file": str(file), "sha256": file_sha256(file)},
+        "sampler": sampler,
+    }
+
+
+def _of_images(config: cfg.EvaluateConfig, extractor: FeatureExtractor) -> Statistics:
+    assert config.images is not None
+    path = cfg.existing(config.images, "images")
+    if path.suffix == ".npz":
+        return npz_statistics(path, extractor, config.batch, progress=True)
+    return dataset_statistics(open_dataset(path), extractor, config.batch, progress=True)
+
+
+if __name__ == "__main__":
+    hydra_command("evaluate", cfg.EvaluateConfig, evaluate)

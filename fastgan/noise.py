@@ -1,0 +1,53 @@
+"""Stateless randomness: every draw is a function of (seed, purpose, iteration), never of history.
+
+Nothing about random numbers has to be saved to resume a run, and the images of a run do not depend
+on how many processes share a batch: each draws the whole batch's noise and keeps its slice.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def stream(seed: int, *key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of its own for (seed, key...), e.g. stream(42, "z", iteration)."""
+    return torch.Generator(device).manual_seed(_mixed(seed, key))
+
+
+@contextmanager
+def global_stream(seed: int, *key: int | str, device: torch.device) -> Iterator[None]:
+    """Within, the global generators (CPU, `device`) draw from (seed, key...); then as before."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(_mixed(seed, key))
+        yield
+
+
+def _mixed(seed: int, key: tuple[int | str, ...]) -> int:
+    digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
+    # Philox takes 64 bits; 63 stay clear of manual_seed's signed limit.
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype) -> Tensor:
+    """N(0, 1) draws on the generator's device."""
+    return torch.randn(*shape, generator=generator, device=generator.device, dtype=dtype)
+
+
+def seeded_latents(
+    seeds: list[int], shape: tuple[int, int, int], label_dim: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """One image's z per seed, and its uniform class, as the published sampler draws them.
+
+    Returns float64 z [n, C, H, W] and int64 classes [n] (None without classes), on the CPU: an
+    image is named by its seed alone, whatever the batch around it.
+    """
+    z, classes = [], []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        z.append(torch.randn(shape, generator=generator))
+        if label_dim:
+            classes.append(torch.randint(label_dim, (), generator=generator))
+    return torch.stack(z).double(), torch.stack(classes) if label_dim else None

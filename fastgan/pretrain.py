@@ -1,0 +1,71 @@
+"""python -m fastgan.pretrain experiment=NAME key=value ...: an EDM model from random weights."""
+
+import torch
+
+from fastgan import build, distributed
+from fastgan import config as cfg
+from fastgan.cli import hydra_command
+from fastgan.distributed import World
+from fastgan.precision import strict_float32
+from fastgan.run import describe_batch, evaluation, provenance, say, schedule
+from fastgan.run_dir import open_run_dir
+from fastgan.training.edm_step import EdmSettings, EdmStep, warmup_then_cosine
+from fastgan.training.ema import averaged_copy
+from fastgan.training.loop import run_loop
+
+
+def pretrain(config: cfg.PretrainConfig) -> None:
+    """Trains a denoiser with EDM's loss, into a run directory."""
+    world = distributed.init(config.device.value)
+    strict_float32()
+    settings, plan = edm_settings(config, world), schedule(config)
+    data = build.dataset(config.data)
+    model = build.fresh_network(config, data)
+    network = model.network
+    say(
+        [
+            f"{config.experiment_name}: {plan.total_images} images of {data.name} ({len(data)})",
+            f"network: {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters",
+            describe_batch(config, world, settings.batch_gpu),
+        ]
+    )
+    if config.dry_run:
+        return
+
+    run_dir = open_run_dir(config)
+    network.to(world.device)
+    average = averaged_copy(network)
+    if config.precision is cfg.Precision.bf16:
+        network.compute_dtype = torch.bfloat16
+    run_loop(
+        EdmStep(network, average, settings, world),
+        build.batches(data, config, network.label_dim, world),
+        plan,
+        run_dir,
+        world,
+        network_config=model.architecture,
+        provenance=provenance(model, data, "fastgan.pretrain"),
+        evaluate=evaluation(config, run_dir, data, world),
+    )
+
+
+def edm_settings(config: cfg.PretrainConfig, world: World) -> EdmSettings:
+    """The step's settings out of the configuration's groups."""
+    total = cfg.images(config.total_images, "total_images")
+    warmup = cfg.images(config.optim.warmup, "optim.warmup")
+    return EdmSettings(
+        seed=config.seed,
+        batch=config.batch,
+        batch_gpu=cfg.local_batches(config, world.size),
+        lr=config.optim.lr,
+        beta2=config.optim.beta2,
+        lr_factor=warmup_then_cosine(warmup, total, cosine=config.optim.cosine),
+        noise_mean=config.noise.mean,
+        noise_std=config.noise.std,
+        ema_half_life=cfg.images(config.ema.half_life, "ema.half_life"),
+        ema_ramp=config.ema.ramp,
+    )
+
+
+if __name__ == "__main__":
+    hydra_command("pretrain", cfg.PretrainConfig, pretrain)

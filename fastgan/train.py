@@ -1,0 +1,94 @@
+"""python -m fastgan.train experiment=NAME key=value ...: the GAN fine-tune."""
+
+import torch
+
+from fastgan import build, distributed
+from fastgan import config as cfg
+from fastgan.cli import hydra_command
+from fastgan.distributed import World
+from fastgan.models import Precond
+from fastgan.models.freeze import freeze, frozen_share
+from fastgan.precision import strict_float32
+from fastgan.run import describe_batch, evaluation, provenance, say, schedule
+from fastgan.run_dir import open_run_dir
+from fastgan.training.ema import averaged_copy
+from fastgan.training.loop import run_loop
+from fastgan.training.step import PlainStep, StepSettings
+
+
+def train(config: cfg.TrainConfig) -> None:
+    """Fine-tunes the network of `init.path` against a discriminator, into a run directory."""
+    cfg.check_train(config)
+    world = distributed.init(config.device.value)
+    strict_float32()
+    settings, plan = step_settings(config, world), schedule(config)
+    data = build.dataset(config.data)
+    model = build.generator(config, data)
+    network = model.network
+    discriminator = build.discriminator(config, network, data)
+    freeze(network, config.freeze.level)
+    say(
+        [
+            f"{config.experiment_name}: {plan.total_images} images of {data.name} ({len(data)})",
+            f"generator: {_millions(network)} M parameters, {_frozen(network, config)} frozen",
+            f"discriminator: {_millions(discriminator.heads)} M trained parameters",
+            describe_batch(config, world, settings.batch_gpu)
+            + " images (also the batch of the heads' BatchNorm)",
+        ]
+    )
+    if config.dry_run:
+        return
+
+    run_dir = open_run_dir(config)
+    network.train().to(world.device)
+    discriminator.train().to(world.device)
+    average = averaged_copy(network)
+    if config.precision is cfg.Precision.bf16 or world.device.type == "cuda":
+        network.compute_dtype = torch.bfloat16
+    run_loop(
+        PlainStep(network, average, discriminator, settings, world),
+        build.batches(data, config, network.label_dim, world),
+        plan,
+        run_dir,
+        world,
+        network_config=model.architecture,
+        provenance=provenance(model, data, "fastgan.train"),
+        evaluate=evaluation(config, run_dir, data, world),
+    )
+
+
+def step_settings(config: cfg.TrainConfig, world: World) -> StepSettings:
+    """The step's settings out of the configuration's groups."""
+    return StepSettings(
+        seed=config.seed,
+        batch=config.batch,
+        batch_gpu=cfg.local_batches(config, world.size),
+        total_images=cfg.images(config.total_images, "total_images"),
+        lr_g=config.optim.lr_g,
+        lr_d=config.optim.lr_d,
+        decay_from=config.optim.decay_from,
+        loss=config.loss.kind.value,
+        reduction=config.loss.reduction.value,
+        r1_gamma=config.loss.r1_gamma,
+        r1_interval=config.loss.r1_interval,
+        published_batch_gpu=config.loss.published_batch_gpu,
+        ema_half_life=cfg.images(config.ema.half_life, "ema.half_life"),
+        ema_ramp=config.ema.ramp,
+        share_fakes=config.share_fakes,
+        nonfinite=config.nonfinite.value,
+        steps=config.generator.steps,
+        mid_sigma=config.generator.mid_sigma,
+        discriminator_bf16=config.precision is cfg.Precision.bf16,
+    )
+
+
+def _millions(module: torch.nn.Module) -> str:
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}"
+
+
+def _frozen(network: Precond, config: cfg.TrainConfig) -> str:
+    return f"{100 * frozen_share(network, config.freeze.level):.2f}%"
+
+
+if __name__ == "__main__":
+    hydra_command("train", cfg.TrainConfig, train)

@@ -1,0 +1,149 @@
+"""The training loop: counts images, reports, saves, evaluates. The mathematics is in the step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastgan.checkpoint.store import (
+    Checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from fastgan.distributed import World, all_reduce_sum, barrier
+from fastgan.errors import UserError
+from fastgan.models import Precond
+from fastgan.training.monitor import Averages, Monitor
+from fastgan.training.state import StepResult
+
+# After this many iterations in a row with a non-finite gradient the run has diverged.
+MAX_SKIPPED = 10
+
+
+class Diverged(Exception):
+    """Too many iterations in a row had non-finite gradients; commands exit with status 3."""
+
+
+class Step(Protocol):
+    """One iteration of any kind of training."""
+
+    average: Precond
+
+    def run(self, reals: Tensor, labels: Tensor | None, iteration: int) -> StepResult: ...
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def load_state(self, state: dict[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When the loop does what, in images."""
+
+    batch: int
+    total_images: int
+    tick: int
+    snapshot: int
+    keep: int
+
+    def due(self, every: int, nimg: int) -> bool:
+        """Whether the batch that ended at `nimg` crossed a multiple of `every`, or was the last."""
+        return nimg // every > (nimg - self.batch) // every or nimg >= self.total_images
+
+
+def run_loop(
+    step: Step,
+    draw: Callable[[int], tuple[Tensor, Tensor | None]],
+    schedule: Schedule,
+    run_dir: Path,
+    world: World,
+    *,
+    network_config: dict[str, Any],
+    provenance: dict[str, Any],
+    evaluate: Callable[[Precond, int], dict[str, float]],
+) -> None:
+    """Trains from the latest checkpoint in `run_dir` (or from the start) to `total_images`.
+
+    `draw(iteration)` gives this process's reals [local, C, H, W] and one-hot labels; `evaluate`
+    is called on all processes with the averaged network at every snapshot and returns its metrics.
+    Raises Diverged after MAX_SKIPPED iterations in a row without an update.
+    """
+    checkpoints = run_dir / "checkpoints"
+    nimg, iteration = _resume(step, checkpoints)
+    main = world.rank == 0
+    monitor = Monitor(
+        run_dir, total_images=schedule.total_images, nimg=nimg, device=world.device, main=main
+    )
+    averages, skipped_in_a_row = Averages(), 0
+    monitor.state("running", nimg, None)
+    while nimg < schedule.total_images:
+        # One iteration.
+        reals, labels = draw(iteration)
+        result = step.run(reals, labels, iteration)
+        averages.add(result.scalars)
+        nimg, iteration = nimg + schedule.batch, iteration + 1
+        monitor.advance(schedule.batch)
+
+        # Divergence: gradients are averaged before they are checked, so that all ranks agree.
+        skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+        if result.skipped:
+            monitor.log(
+                f"iteration {iteration - 1}: non-finite gradients, skipped {result.skipped}"
+            )
+        if skipped_in_a_row >= MAX_SKIPPED:
+            message = f"gradients not finite in {MAX_SKIPPED} iterations in a row, at {nimg} images"
+            monitor.state("diverged", nimg, 3, message)
+            raise Diverged(message)
+
+        # Report.
+        if schedule.due(schedule.tick, nimg):
+            monitor.tick(nimg, _mean_over_processes(averages.take(), world))
+            monitor.state("running", nimg, None)
+
+        # Snapshot: measure, then save.
+        if schedule.due(schedule.snapshot, nimg):
+            metrics = evaluate(step.average, nimg)
+            if metrics:
+                monitor.record({"Progress/kimg": nimg / 1000, **metrics})
+                values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+                monitor.log(f"{nimg / 1000:9.1f} kimg  {values}")
+            if main:
+                state = Checkpoint(
+                    network_config,
+                    {n: t.detach().cpu() for n, t in step.average.state_dict().items()},
+                    {n: t.detach().cpu() for n, t in step.state().items()},
+                    nimg,
+                    iteration,
+                    metrics,
+                    provenance,
+                )
+                save_checkpoint(checkpoints, state, keep=schedule.keep)
+            barrier()
+            monitor.restart_clock()
+    monitor.close()
+    monitor.state("done", nimg, 0)
+
+
+def _resume(step: Step, checkpoints: Path) -> tuple[int, int]:
+    """Loads the latest checkpoint into the step; returns images and iterations done."""
+    latest = latest_checkpoint(checkpoints)
+    if latest is None:
+        return 0, 0
+    checkpoint = load_checkpoint(latest)
+    own, saved = step.average.state_dict(), checkpoint.average
+    if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in saved.items()}:
+        raise UserError(f"{latest} holds another network than this run's, another run_dir would do")
+    step.average.load_state_dict(saved)
+    step.load_state(checkpoint.training)
+    return checkpoint.nimg, checkpoint.iteration
+
+
+def _mean_over_processes(means: dict[str, float], world: World) -> dict[str, float]:
+    if world.size == 1:
+        return means
+    values = torch.tensor(list(means.values()), dtype=torch.float64)
+    return dict(zip(means, (all_reduce_sum(values) / world.size).tolist(), strict=True))

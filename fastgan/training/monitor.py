@@ -1,0 +1,113 @@
+"""What a run tells: stats.jsonl, log.txt, state.json, a progress bar; averages between ticks."""
+
+import json
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastgan.files import replace_atomically
+
+Status = Literal["running", "done", "failed", "diverged", "preempted"]
+
+
+class Averages:
+    """Sums scalars on their device; `take` reads the means once a tick and starts over."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = defaultdict(int)
+
+    def add(self, scalars: dict[str, Tensor]) -> None:
+        for name, value in scalars.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+            self._counts[name] += 1
+
+    def take(self) -> dict[str, float]:
+        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        self._sums, self._counts = {}, defaultdict(int)
+        return means
+
+
+class Monitor:
+    """Writes a run's records; silent on every process but the first."""
+
+    def __init__(
+        self, run_dir: Path, *, total_images: int, nimg: int, device: torch.device, main: bool
+    ) -> None:
+        self.run_dir, self.device, self.main = run_dir, device, main
+        self._tick_start, self._tick_nimg = time.perf_counter(), nimg
+        self._bar = tqdm(
+            total=total_images,
+            initial=nimg,
+            unit="img",
+            unit_scale=True,
+            disable=not main,
+            file=sys.stderr,
+            mininterval=1.0,
+        )
+
+    def advance(self, images: int) -> None:
+        self._bar.update(images)
+
+    def tick(self, nimg: int, means: dict[str, float]) -> dict[str, Any]:
+        """One line of stats.jsonl and log.txt about the images since the last tick."""
+        now = time.perf_counter()
+        images, seconds = nimg - self._tick_nimg, now - self._tick_start
+        self._tick_start, self._tick_nimg = now, nimg
+        stats = {
+            "Progress/kimg": nimg / 1000,
+            "Timing/img_per_sec": images / seconds,
+            "Timing/sec_per_kimg": 1000 * seconds / images,
+            "Resources/peak_gpu_mem_gb": self._peak_memory_gb(),
+            **means,
+            "timestamp": time.time(),
+        }
+        self.record(stats)
+        losses = " ".join(f"{k.split('/')[1]} {v:.4f}" for k, v in sorted(means.items()))
+        self.log(f"{nimg / 1000:9.1f} kimg  {stats['Timing/img_per_sec']:8.1f} img/s  {losses}")
+        return stats
+
+    def restart_clock(self) -> None:
+        """Leaves what happened since the last tick (a checkpoint, an evaluation) out of img/s."""
+        self._tick_start = time.perf_counter()
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Appends one JSON object to stats.jsonl."""
+        if self.main:
+            with (self.run_dir / "stats.jsonl").open("a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def log(self, line: str) -> None:
+        """Appends to log.txt and prints above the progress bar."""
+        if self.main:
+            with (self.run_dir / "log.txt").open("a") as file:
+                file.write(line + "\n")
+            self._bar.write(line, file=sys.stderr)
+
+    def state(self, status: Status, nimg: int, exit_code: int | None, message: str = "") -> None:
+        """Replaces state.json: what a scheduler or a script asks a run for."""
+        if self.main:
+            write_state(self.run_dir, status, nimg, exit_code, message)
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _peak_memory_gb(self) -> float:
+        if self.device.type != "cuda":
+            return 0.0
+        return torch.cuda.max_memory_allocated(self.device) / 2**30
+
+
+def write_state(
+    run_dir: Path, status: Status, nimg: int, exit_code: int | None, message: str
+) -> None:
+    """state.json = {"status", "nimg", "exit_code", "message"}, replaced atomically."""
+    content = {"status": status, "nimg": nimg, "exit_code": exit_code, "message": message}
+    with replace_atomically(run_dir / "state.json") as file:
+        file.write((json.dumps(content) + "\n").encode())

@@ -1,0 +1,231 @@
+"""One iteration of the GAN fine-tune in plain PyTorch: G step, D step, and every 16th time R1.
+
+This is the specification of the method: every faster engine is compared with it. All randomness
+comes from (seed, purpose, iteration), so that an iteration is a function of the states before it.
+"""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastgan.discriminator.base import Discriminator
+from fastgan.distributed import World
+from fastgan.models import Precond
+from fastgan.noise import normal, stream
+from fastgan.sampling import few_step
+from fastgan.training import losses
+from fastgan.training.ema import ema_beta, update_ema
+from fastgan.training.rounds import rounds, take
+from fastgan.training.state import (
+    StepResult,
+    load_trainable,
+    part_of,
+    prefixed,
+    trainable,
+)
+from fastgan.training.updater import NonFinite, Updater, linear_decay
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What the method leaves to choose; the names are the configuration's."""
+
+    seed: int
+    batch: int
+    """Images per iteration over all processes and accumulation rounds."""
+    batch_gpu: int
+    """Images per forward pass: the batch over which the heads' BatchNorm computes statistics."""
+    total_images: int
+    lr_g: float
+    lr_d: float
+    decay_from: float | None = None
+    loss: losses.Kind = "nonsaturating"
+    reduction: Literal["mean", "published"] = "mean"
+    r1_gamma: float = 1e-4
+    r1_interval: int = 16
+    published_batch_gpu: int = 64
+    """The local batch at which `r1_gamma` was published, the divisor of the mean reduction."""
+    ema_half_life: float = 500_000
+    ema_ramp: float | None = 0.05
+    share_fakes: bool = False
+    nonfinite: NonFinite = "skip"
+    steps: int = 1
+    mid_sigma: float | None = None
+    discriminator_bf16: bool = False
+
+    @property
+    def r1_weight(self) -> float:
+        """gamma / 2 of the equivalent objective, times the interval that lazy R1 makes up for."""
+        gamma = self.r1_gamma
+        if self.reduction == "mean":
+            # The published loss sums over the local batch while R1 is a mean over it: dividing
+            # both by that batch leaves the same objective, whatever the batch is here.
+            gamma /= self.published_batch_gpu
+        return gamma / 2 * self.r1_interval
+
+
+class PlainStep:
+    """Holds the networks and optimisers that one iteration updates, and runs it."""
+
+    def __init__(
+        self,
+        generator: Precond,
+        average: Precond,
+        discriminator: Discriminator,
+        settings: StepSettings,
+        world: World,
+    ) -> None:
+        s = settings
+        assert s.batch % world.size == 0 and s.batch // world.size % s.batch_gpu == 0
+        self.generator, self.average, self.discriminator = generator, average, discriminator
+        self.settings, self.world = settings, world
+        adam = partial(
+            Updater,
+            world=world,
+            nonfinite=s.nonfinite,
+            lr_factor=linear_decay(s.total_images, s.decay_from),
+        )
+        # Lazy R1 takes one D step in interval + 1 more: Adam is slowed down to match (StyleGAN2).
+        lazy = s.r1_interval / (s.r1_interval + 1) if s.r1_interval else 1.0
+        self.update_g = adam(trainable(generator), lr=s.lr_g, betas=(0.0, 0.99))
+        self.update_d = adam(
+            trainable(discriminator.heads), lr=s.lr_d * lazy, betas=(0.0, 0.99**lazy)
+        )
+
+    def run(self, reals: Tensor, labels: Tensor | None, iteration: int) -> StepResult:
+        """One iteration on this process's real images [local, C, H, W] in [-1, 1].
+
+        `labels` are one-hot [local, label_dim] or None; fakes get the labels of the reals beside
+        them. `iteration` counts from 0 and decides noise, augmentation, R1 and EMA.
+        """
+        s = self.settings
+        nimg = iteration * s.batch
+
+        # Generator: -log D(G z) through D, whose parameters stand still.
+        z = self._latents(reals, iteration, "G")
+        loss_g, fakes = self._accumulate_generator(z, labels, iteration)
+        skipped = [] if self.update_g(nimg) else ["G"]
+
+        # Discriminator: by default on fresh fakes of the generator just updated.
+        if not s.share_fakes:
+            z = self._latents(reals, iteration, "D")
+            fakes = self._generate_without_graph(z, labels)
+        scalars = self._accumulate_discriminator(reals, fakes, labels, iteration)
+        skipped += [] if self.update_d(nimg) else ["D"]
+
+        # Lazy R1: a step of its own with D's optimiser, on the same reals without augmentation.
+        if s.r1_interval and iteration % s.r1_interval == 0 and iteration > 0:
+            scalars["Loss/R1"] = self._accumulate_r1(reals, labels)
+            skipped += [] if self.update_d(nimg) else ["R1"]
+
+        beta = ema_beta(s.batch, nimg, half_life=s.ema_half_life, ramp=s.ema_ramp)
+        update_ema(self.average, self.generator, beta)
+        return StepResult({"Loss/G": loss_g, **scalars}, skipped)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that changes in training, except the average: for checkpoints."""
+        return {
+            **prefixed("generator", {n: p.detach() for n, p in trainable(self.generator).items()}),
+            **prefixed("discriminator", self.discriminator.save_state()),
+            **prefixed("optimizer_g", self.update_g.state()),
+            **prefixed("optimizer_d", self.update_d.state()),
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Restores `state`; UserError where it belongs to other networks."""
+        load_trainable(self.generator, part_of(state, "generator"), "generator")
+        self.discriminator.load_save_state(part_of(state, "discriminator"))
+        self.update_g.load_state(part_of(state, "optimizer_g"))
+        self.update_d.load_state(part_of(state, "optimizer_d"))
+
+    def _accumulate_generator(
+        self, z: Tensor, labels: Tensor | None, iteration: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        augment = self._augmentation("G", iteration, z.device)
+        total, fakes = z.new_zeros(()), []
+        for part in rounds(len(z), self.settings.batch_gpu):
+            fake = self._generate(z[part], take(labels, part))
+            logits = self._discriminate(fake, take(labels, part), augment)
+            loss = losses.generator_loss(logits, self.settings.loss)
+            _backward(self._reduce(loss), self.update_g.parameters)
+            total += loss.detach().sum()
+            fakes.append(fake.detach())
+        return total / len(z), fakes
+
+    def _accumulate_discriminator(
+        self, reals: Tensor, fakes: list[Tensor], labels: Tensor | None, iteration: int
+    ) -> dict[str, Tensor]:
+        """Leaves D's gradients; returns its loss and the mean signs of its logits."""
+        kind = self.settings.loss
+        augment = self._augmentation("D", iteration, reals.device)
+        totals = reals.new_zeros(3)
+        for part, fake in zip(rounds(len(reals), self.settings.batch_gpu), fakes, strict=True):
+            # Two passes: the heads' BatchNorm must not mix the statistics of fakes and reals.
+            fake_logits = self._discriminate(fake, take(labels, part), augment)
+            real_logits = self._discriminate(reals[part], take(labels, part), augment)
+            loss = losses.fake_loss(fake_logits, kind) + losses.real_loss(real_logits, kind)
+            _backward(self._reduce(loss), self.update_d.parameters)
+            signs = [losses.mean_sign(logits) for logits in (real_logits, fake_logits)]
+            totals += torch.stack([loss.detach().mean(), *signs]) * len(fake)
+        means = (totals / len(reals)).unbind()
+        return dict(zip(("Loss/D", "Loss/sign_real", "Loss/sign_fake"), means, strict=True))
+
+    def _accumulate_r1(self, reals: Tensor, labels: Tensor | None) -> Tensor:
+        total = reals.new_zeros(())
+        for part in rounds(len(reals), self.settings.batch_gpu):
+            images = reals[part].detach().requires_grad_()
+            logits = self._discriminate(images, take(labels, part), None)
+            penalty = losses.r1_penalty(logits, images)
+            # A mean over the batch in both reductions, as published.
+            weighted = self.settings.r1_weight * penalty
+            _backward(weighted.sum() / len(reals), self.update_d.parameters)
+            total += weighted.detach().sum()
+        return total / len(reals)
+
+    def _generate(self, z: Tensor, labels: Tensor | None) -> Tensor:
+        return few_step(
+            self.generator, z, labels, steps=self.settings.steps, mid_sigma=self.settings.mid_sigma
+        )
+
+    @torch.no_grad()
+    def _generate_without_graph(self, z: Tensor, labels: Tensor | None) -> list[Tensor]:
+        return [
+            self._generate(z[part], take(labels, part))
+            for part in rounds(len(z), self.settings.batch_gpu)
+        ]
+
+    def _discriminate(
+        self, images: Tensor, labels: Tensor | None, augment: torch.Generator | None
+    ) -> list[Tensor]:
+        with self._precision(images):
+            return [x.to(images.dtype) for x in self.discriminator(images, labels, augment)]
+
+    def _precision(self, images: Tensor) -> AbstractContextManager[object]:
+        enabled = self.settings.discriminator_bf16
+        return torch.autocast(images.device.type, torch.bfloat16, enabled=enabled)
+
+    def _reduce(self, loss: Tensor) -> Tensor:
+        """One accumulation round's share of the objective of this process."""
+        if self.settings.reduction == "published":
+            return loss.sum()
+        return loss.sum() / (self.settings.batch // self.world.size)
+
+    def _latents(self, like: Tensor, iteration: int, purpose: str) -> Tensor:
+        """This process's slice of the whole batch's noise."""
+        generator = stream(self.settings.seed, "z", purpose, iteration, device=like.device)
+        z = normal(generator, self.settings.batch, *like.shape[1:], dtype=like.dtype)
+        return z.chunk(self.world.size)[self.world.rank]
+
+    def _augmentation(self, purpose: str, iteration: int, device: torch.device) -> torch.Generator:
+        key = ("augment", purpose, iteration, self.world.rank)
+        return stream(self.settings.seed, *key, device=device)
+
+
+def _backward(loss: Tensor, parameters: list[nn.Parameter]) -> None:
+    # inputs= stops at these parameters: nothing is computed for the other network, nor (in R1,
+    # where it would quadruple the work) down to the image.
+    loss.backward(inputs=parameters)

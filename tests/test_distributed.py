@@ -1,0 +1,164 @@
+"""One process, two processes, and environments that contradict themselves."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgan import distributed
+from fastgan.errors import UserError
+from fastgan.evaluation.protocol import generator_statistics
+
+_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_WORKER = """
+import json, sys, torch
+from fastgan import distributed
+from fastgan.evaluation.protocol import generator_statistics
+sys.path.insert(0, sys.argv[1])
+from test_distributed import First, sample
+
+world = distributed.init("cpu", timeout_seconds=30)
+total = distributed.all_reduce_sum(torch.tensor([world.rank + 1.0]))
+told = distributed.broadcast_object({"from": world.rank})
+statistics = generator_statistics(sample, range(21), First(), 4)
+distributed.barrier()
+if distributed.is_main():
+    print(json.dumps({
+        "total": total.item(), "told": told, "size": world.size, "n": statistics.n,
+        "mean": statistics.mean.tolist(), "covariance": statistics.covariance.tolist(),
+        "seeds": statistics.source["seeds"],
+    }))
+distributed.shutdown()
+"""
+
+
+class First:
+    """Features: the first three values of an image."""
+
+    name, dim, resize, device = "first", 3, "none", torch.device("cpu")
+
+    def provenance(self) -> dict:
+        return {"name": self.name}
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)[:, :3].float()
+
+
+def sample(seeds: list[int]) -> torch.Tensor:
+    """An image per seed, the same in any batch."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    draws = [torch.randint(0, 256, (1, 2, 2), generator=g, dtype=torch.uint8) for g in generators]
+    return torch.stack(draws)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*_VARIABLES, "SUBMITIT_EXECUTOR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def _set(monkeypatch: pytest.MonkeyPatch, *values: str) -> None:
+    for name, value in zip(_VARIABLES, values, strict=True):
+        monkeypatch.setenv(name, value)
+
+
+def test_one_process_needs_nothing() -> None:
+    world = distributed.init("cpu")
+    assert world == distributed.World(0, 0, 1, torch.device("cpu"))
+    tensor = torch.tensor([3.0])
+    assert distributed.all_reduce_sum(tensor).item() == 3.0
+    assert distributed.broadcast_object("x") == "x"
+    assert distributed.is_main() and distributed.world_size() == 1
+    distributed.barrier()
+    distributed.shutdown()
+
+
+def test_torchrun_with_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    _set(monkeypatch, "0", "0", "1", "localhost", "1")
+    assert distributed.init("cpu").size == 1
+    assert not torch.distributed.is_initialized()
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", _WORKER, str(Path(__file__).parent)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}
+            | dict(zip(_VARIABLES, (str(r), str(r), "2", "localhost", port), strict=True)),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for r in range(2)
+    ]  # fmt: skip
+    (out, err), (silent, _) = [w.communicate(timeout=60) for w in workers]
+    assert [w.returncode for w in workers] == [0, 0], err
+    found = json.loads(out)
+    assert silent == "" and found["total"] == 3.0 and found["told"] == {"from": 0}
+    one = generator_statistics(sample, range(21), First(), 21)
+    assert (found["n"], found["size"], found["seeds"]) == (21, 2, "0-20")
+    torch.testing.assert_close(torch.tensor(found["mean"], dtype=torch.float64), one.mean)
+    covariance = torch.tensor(found["covariance"], dtype=torch.float64)
+    torch.testing.assert_close(covariance, one.covariance)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (("0", "0", "2", "", ""), "MASTER_ADDR, MASTER_PORT not set"),
+        (("2", "0", "2", "localhost", "29500"), "RANK=2, .* contradict each other"),
+        (("0", "1", "2", "localhost", "29500"), "contradict each other"),
+        (("0", "0", "2", "localhost", "0"), "contradict each other"),
+        (("0", "0", "two", "localhost", "29500"), "WORLD_SIZE='two' is no integer"),
+    ],
+)
+def test_contradictions(
+    monkeypatch: pytest.MonkeyPatch, values: tuple[str, ...], message: str
+) -> None:
+    _set(monkeypatch, *values)
+    with pytest.raises(UserError, match=message):
+        distributed.init("cpu")
+
+
+def test_an_absent_partner_is_a_bounded_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    _set(monkeypatch, "1", "1", "2", "localhost", port)
+    with pytest.raises(UserError, match=f"process 1 of 2 could not join .* localhost:{port}"):
+        distributed.init("cpu", timeout_seconds=1)
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="unknown device 'tpu', key `device`"):
+        distributed.init("tpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="finds 0 usable GPUs, key `device`"):
+        distributed.init("cuda")
+
+
+def test_submitit_exports_torchruns_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Environment:
+        def export(self, set_cuda_visible_devices: bool, overwrite: bool) -> None:
+            assert not set_cuda_visible_devices and overwrite
+            _set(monkeypatch, "0", "0", "1", "localhost", "29500")
+
+    helpers = types.ModuleType("submitit.helpers")
+    helpers.TorchDistributedEnvironment = Environment  # type: ignore[attr-defined]
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setitem(sys.modules, "submitit", types.ModuleType("submitit"))
+    monkeypatch.setitem(sys.modules, "submitit.helpers", helpers)
+    assert distributed.init("cpu").size == 1
+    assert distributed._read_ranks() == (0, 0, 1)
+    for name in _VARIABLES:
+        monkeypatch.delenv(name)
+    monkeypatch.setitem(sys.modules, "submitit.helpers", None)
+    with pytest.raises(UserError, match="submitit is not installed"):
+        distributed.init("cpu")

@@ -1,0 +1,98 @@
+"""The command tools/dataset.py, as users call it."""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+TOOL = Path(__file__).parents[2] / "tools" / "dataset.py"
+RNG = np.random.default_rng(17)
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Six 12 x 10 pictures in class folders ape (2), bee (1) and cow (3)."""
+    root = tmp_path / "pictures"
+    for name in ("ape/1", "ape/2", "bee/3", "cow/4", "cow/5", "cow/6"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = RNG.integers(0, 256, (10, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"{name}.png")
+    return root
+
+
+def test_convert_then_info_check_and_grid(pictures: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out.zip"
+    done = run("convert", pictures, target, "--resolution", 8, "--transform", "center-crop")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"6 images in {target}\n"
+
+    told = dict(line.split(": ", 1) for line in run("info", target).stdout.splitlines())
+    assert (told["n"], told["resolution"], told["channels"]) == ("6", "8", "3")
+    assert (told["label_dim"], told["classes"]) == ("3", "0:2 1:1 2:3")
+    assert told["sha256"] == hashlib.sha256(target.read_bytes()).hexdigest()
+    assert told["resampling"].startswith("center-crop to 8")
+
+    checked = run("check", target)
+    assert (checked.returncode, checked.stdout) == (0, "6 images, 0 problems\n")
+
+    assert run("grid", target, tmp_path / "grid.png").returncode == 0
+    assert Image.open(tmp_path / "grid.png").size == (6 * 8, 8)
+
+
+def test_grid_is_eight_by_sixteen(tmp_path: Path) -> None:
+    assert run("grid", "digits", tmp_path / "grid.png").returncode == 0
+    assert Image.open(tmp_path / "grid.png").size == (16 * 16, 8 * 16)
+
+
+def test_info_without_labels(pictures: Path, tmp_path: Path) -> None:
+    run("convert", pictures / "cow", tmp_path / "cow.zip")
+    assert "exit" not in (done := run("info", tmp_path / "cow.zip")).stderr
+    assert done.returncode == 1  # 12 x 10 without a transform is refused, so there is no zip
+    run("convert", pictures / "cow", tmp_path / "c.zip", "--transform", "center-crop",
+        "--resolution", 8)  # fmt: skip
+    assert "classes: unlabelled" in run("info", tmp_path / "c.zip").stdout
+
+
+def test_check_lists_every_problem(tmp_path: Path) -> None:
+    for index in range(5):
+        pixels = RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+    (tmp_path / "0.png").write_bytes(b"broken first")
+    Image.new("RGB", (4, 4)).save(tmp_path / "2.png")
+    Image.new("L", (8, 8)).save(tmp_path / "4.png")
+    done = run("check", tmp_path)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 1 and len(lines) == 4 and lines[3] == "5 images, 3 problems"
+    for line, name, said in zip(
+        lines, ("0.png", "2.png", "4.png"), ("unreadable", "4 x 4", "mode L"), strict=False
+    ):
+        assert f"entry '{name}'" in line and said in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["info", "missing.zip"], "no dataset at missing.zip"),
+        (["check", "missing.zip"], "no dataset at missing.zip"),
+        (["grid", "missing.zip", "x.png"], "no dataset at missing.zip"),
+        (["convert", "missing", "x.zip"], "no dataset at missing"),
+        (["convert", "missing", "x.zip", "--transform", "stretch"], "invalid choice: 'stretch'"),
+        (["convert", "missing", "x.zip", "--resolution", "big"], "invalid int value: 'big'"),
+        (["destroy"], "invalid choice: 'destroy'"),
+        ([], "the following arguments are required"),
+    ],
+)
+def test_errors_are_one_line(arguments: list[str], said: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and said in done.stderr
+    assert done.stderr.count("\n") == 1
