@@ -154,7 +154,7 @@ class EvalConfig:
 class RunConfig:
     """What training runs of every kind share."""
 
-    experiment_name: str = MISSING
+    experiment_name: str = "custom"
     run_dir: str = MISSING
     seed: int = 42
     device: Device = Device.cuda

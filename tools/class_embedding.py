@@ -2,7 +2,8 @@
 
     python tools/class_embedding.py DATA DST.safetensors --backbone tf_efficientnet_lite0
 
-DATA is a labelled data set (EDM zip or folder); each row is one class's mean backbone feature.
+DATA is a labelled data set (EDM zip or folder, or `digits`); each row is the mean backbone feature
+of one class.
 """
 
 from pathlib import Path
@@ -17,7 +18,7 @@ from fastgan.errors import ArgumentParser, UserError, run_command
 
 def main() -> None:
     parser = ArgumentParser(description="Class means of a backbone's features over a data set.")
-    parser.add_argument("data", help="labelled data set: EDM zip or folder")
+    parser.add_argument("data", help="labelled data set: EDM zip, folder, or digits")
     parser.add_argument("dst", type=Path, help="the .safetensors file to write")
     parser.add_argument("--backbone", default="tf_efficientnet_lite0", help="a timm model name")
     parser.add_argument("--weights", help="local weights file (default: timm's download)")
@@ -31,7 +32,8 @@ def main() -> None:
     dataset = open_dataset(options.data)
     backbone = load_backbone(options.backbone, options.weights).to(options.device)
     embedding, counts = class_means(backbone, dataset, options.batch)
-    save_class_embedding(options.dst, embedding, counts, backbone, Path(options.data).name)
+    origin = {"backbone": backbone.provenance, "dataset": dataset.provenance()}
+    save_class_embedding(options.dst, embedding, counts, origin)
     print(f"{options.dst}: {list(embedding.shape)}, {sum(counts)} images, {options.backbone}")
 
 

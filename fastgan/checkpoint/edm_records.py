@@ -6,6 +6,7 @@ form raises UserError with the name of the tensor, or TypeError / ValueError whe
 
 import io
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -69,9 +70,9 @@ def read_tensors(network: object, max_bytes: int, where: str) -> dict[str, Tenso
             state[name] = _tensor(record, budget)
         except Exception as error:
             # torch.load on hostile bytes fails in many ways; its advice runs over several lines.
-            reason = shown(error).split("\\n")[0]
             raise UserError(
-                f"unreadable tensor {shown(name)}, {where} ({reason}), a whole checkpoint expected"
+                f"unreadable tensor {shown(name)}, {where} ({shown(error)}), "
+                "a whole checkpoint expected"
             ) from error
         budget -= state[name].nbytes
     return state
@@ -108,6 +109,8 @@ def _tensor(record: object, max_bytes: int) -> Tensor:
     values = math.prod(size)
     if values * storage.element_size() > max_bytes:
         raise ValueError(f"shape {size} takes more bytes than the file has")
+    if len(size) != len(stride):
+        raise ValueError(f"{len(size)} sizes with {len(stride)} strides")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if values and last >= len(storage):
         raise ValueError(f"shape {size} does not fit its storage of {len(storage)} values")
@@ -119,12 +122,15 @@ def _storage(blob: bytes) -> Tensor:
     """A pickled storage as a flat tensor."""
     if not blob.startswith(_STORAGE_MAGIC):
         raise ValueError("a storage that torch.save did not write")
-    loaded = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a damaged one is an error here, with the tensor's name
+        loaded = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
     if not isinstance(loaded, torch.storage.TypedStorage):
         raise TypeError(f"a {type(loaded).__name__} where a storage belongs")
-    if not loaded.dtype.is_floating_point or loaded.nbytes() > len(blob):
-        raise ValueError(f"{loaded.nbytes()} bytes of {loaded.dtype} in {len(blob)} bytes")
-    return torch.empty(0, dtype=loaded.dtype).set_(loaded)
+    flat = torch.empty(0, dtype=loaded.dtype).set_(loaded)
+    if not flat.is_floating_point() or flat.nbytes > len(blob):
+        raise ValueError(f"{flat.nbytes} bytes of {flat.dtype} in {len(blob)} bytes")
+    return flat
 
 
 def _arguments(record: object, name: str) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pickle import UnpicklingError
 from typing import BinaryIO
 
-MAX_INSTRUCTIONS = 5_000_000  # the largest published EDM checkpoint needs about 150,000
+MAX_INSTRUCTIONS = 5_000_000  # EDM's ImageNet network takes about 50,000
 
 
 class RefusedGlobal(UnpicklingError):
@@ -127,10 +127,14 @@ class InertUnpickler:
         self.stack.append({} if is_dict else Record(callee.name, arguments))
 
     def set_state(self, _: object) -> None:
-        target, state = self.pop(2)
+        (state,), target = self.pop(1), self.stack[-1]
         if type(target) is not Record:
             raise UnpicklingError(f"a state for a {type(target).__name__}")
         target.state = state
+
+    def tuple_from_mark(self, _: object) -> None:
+        items = tuple(self.pop_mark())
+        self.stack.append(items)
 
     def append(self, _: object) -> None:
         (item,) = self.pop(1)
@@ -205,7 +209,7 @@ _INSTRUCTIONS: dict[str, Callable[..., None]] = {
     "TUPLE1": _push_tuple(1),
     "TUPLE2": _push_tuple(2),
     "TUPLE3": _push_tuple(3),
-    "TUPLE": lambda machine, _: machine.stack.append(tuple(machine.pop_mark())),
+    "TUPLE": InertUnpickler.tuple_from_mark,
     "MARK": InertUnpickler.mark,
     "MEMOIZE": InertUnpickler.memoize,
     "BINPUT": InertUnpickler.put,

@@ -28,15 +28,17 @@ class Digits:
         source = load_digits()
         chosen = _split_indices(source.target)[split]
         self.name = f"digits/{split}"
-        self.labels: np.ndarray = source.target[chosen].astype(np.int64)
-        self._images = np.stack([_upsample(image) for image in source.images[chosen]])[:, None]
+        self.labels: np.ndarray | None = source.target[chosen].astype(np.int64)
+        self.all_images: np.ndarray = np.stack(
+            [_upsample(image) for image in source.images[chosen]]
+        )[:, None]
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self.all_images)
 
     def images(self, indices: np.ndarray) -> np.ndarray:
         """uint8 [k, 1, 16, 16]."""
-        return self._images[indices]
+        return self.all_images[indices]
 
     def provenance(self) -> dict[str, Any]:
         return {

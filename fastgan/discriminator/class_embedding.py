@@ -6,9 +6,9 @@ that data's own classes, hence computed here from the user's data set.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,54 +16,47 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastgan.data import ImageDataset
 from fastgan.discriminator.backbones import Backbone
 from fastgan.errors import UserError
 
 
-class LabelledImages(Protocol):
-    """What is asked of a data set; fastgan.data.open_dataset gives one."""
-
-    label_dim: int
-    labels: np.ndarray | None
-
-    def __len__(self) -> int: ...
-
-    def images(self, indices: np.ndarray) -> np.ndarray:
-        """uint8 [k, C, H, W]."""
-
-
 def class_means(
-    backbone: Backbone, dataset: LabelledImages, batch: int = 64
+    backbone: Backbone, dataset: ImageDataset, batch: int = 64
 ) -> tuple[Tensor, list[int]]:
     """Mean pooled feature of each class, float32 [label_dim, feature_dim], and images per class.
 
     The feature is the backbone's own deepest map (before a ViT's random layers), averaged over
     pixels. Computed on the backbone's device, summed in float64. UserError for a class without
-    images or a data set without labels.
+    images or a data set without class labels.
     """
-    if dataset.labels is None or not dataset.label_dim:
+    labels = dataset.labels
+    if labels is None or labels.ndim != 1:
         raise UserError(
-            "no labels, in the data set, a class for every image (dataset.json) expected"
+            f"no class labels, in {dataset.name}, a class for every image (dataset.json) expected"
         )
-    counts = np.bincount(dataset.labels, minlength=dataset.label_dim)
+    counts = np.bincount(labels, minlength=dataset.label_dim)
     if not counts.all():
         raise UserError(
-            f"class {int(np.argmin(counts))} has no images, in the data set, "
+            f"class {int(np.argmin(counts))} has no images, in {dataset.name}, "
             f"at least one for each of the {dataset.label_dim} classes expected"
         )
     sums = torch.zeros(dataset.label_dim, backbone.feature_dim, dtype=torch.float64)
-    for labels, features in _batches(backbone, dataset, dataset.labels, batch):
-        sums.index_add_(0, labels, features)
+    for classes, features in _batches(backbone, dataset, labels, batch):
+        sums.index_add_(0, classes, features)
     return (sums / torch.from_numpy(counts)[:, None]).float(), counts.tolist()
 
 
 def save_class_embedding(
-    path: Path, embedding: Tensor, counts: list[int], backbone: Backbone, dataset_name: str
+    path: Path, embedding: Tensor, counts: list[int], origin: Mapping[str, Any]
 ) -> None:
-    """Writes `embedding` [classes, width] with its origin as metadata; replaces path at the end."""
-    metadata = {f"backbone.{key}": value for key, value in backbone.provenance.items()}
-    metadata |= {"format": "fastgan class embedding", "version": "1", "dataset": dataset_name}
-    metadata["counts"] = json.dumps(counts)
+    """Writes `embedding` [classes, width]; replaces `path` at the end.
+
+    `counts` (images per class) and `origin` (the provenance of backbone and data, JSON types) go
+    into the metadata. UserError when the place cannot be written.
+    """
+    metadata = {"format": "fastgan class embedding", "version": "1", "counts": json.dumps(counts)}
+    metadata |= {key: json.dumps(value) for key, value in origin.items()}
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         save_file({"embedding": embedding.contiguous()}, aside, metadata=metadata)
@@ -102,7 +95,7 @@ def load_class_embedding(path: str | Path, label_dim: int) -> Tensor:
 
 
 def _batches(
-    backbone: Backbone, dataset: LabelledImages, labels: np.ndarray, batch: int
+    backbone: Backbone, dataset: ImageDataset, labels: np.ndarray, batch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Labels [k] and float64 pooled features [k, feature_dim] of all images, in order."""
     for start in range(0, len(dataset), batch):

@@ -25,10 +25,10 @@ def check_discriminator(arrays: Mapping[str, np.ndarray]) -> dict[str, Compariso
     gives logits, losses, the state afterwards and R1 = ||d sum(logits) / dx||^2 with the gradients
     of its batch mean. Shapes and depths are inferred. UserError when an array is missing or odd.
     """
-    ours = [key for key in arrays if key.startswith(("proj/", "disc/"))]
+    known = [key for key in arrays if key.startswith(("proj/", "disc/"))]
     found: dict[str, Comparison] = {}
     try:
-        tensors = {key: torch.from_numpy(np.array(arrays[key])) for key in ours}
+        tensors = {key: torch.from_numpy(np.array(arrays[key])) for key in known}
         # The constructors draw weights, which the files' then replace.
         with seeded(0):
             if "proj/in0" in tensors:

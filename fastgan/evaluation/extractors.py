@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastgan.errors import UserError
 from fastgan.evaluation.cifar_resnet import ResNet56Features
+from fastgan.evaluation.digit_classifier import load_classifier
 from fastgan.evaluation.features import FeatureExtractor, verified_sha256
 from fastgan.evaluation.inception import CleanInceptionFeatures, InceptionFeatures
 from fastgan.evaluation.pca import PixelPca
@@ -21,7 +22,7 @@ _CHOICES = "inception, clean, timm:MODEL, resnet56, classifier:FILE or pca:DIM"
 class ClassifierFeatures:
     """The features of fastgan's own digit classifier.
 
-    The object from `fastgan.models.digit_classifier.load_classifier(path)` has an int attribute
+    The object from `fastgan.evaluation.digit_classifier.load_classifier(path)` has an int attribute
     `dim` and maps uint8 [N, C, H, W] to features [N, dim].
     """
 
@@ -34,9 +35,6 @@ class ClassifierFeatures:
         device: torch.device | str,
         expected_sha256: str | None = None,
     ) -> None:
-        # Imported late: only this extractor depends on the demo's network.
-        from fastgan.models.digit_classifier import load_classifier
-
         path = require_file(weights, "the classifier's weights (.safetensors)")
         self.device = torch.device(device)
         self._sha256 = verified_sha256(path, expected_sha256)

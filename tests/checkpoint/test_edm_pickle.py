@@ -72,7 +72,7 @@ def test_every_tensor_is_bit_identical_and_nothing_runs(tmp_path, name, protocol
     )
     found = read_edm_pickle(path)
     assert not marker.exists()
-    assert list(found.state) == list(state) or found.state.keys() == state.keys()
+    assert found.state.keys() == state.keys()
     for key, tensor in state.items():
         assert found.state[key].dtype == tensor.dtype
         assert found.state[key].numpy().tobytes() == tensor.numpy().tobytes(), key
@@ -171,7 +171,6 @@ def test_other_globals_are_refused_by_name(tmp_path, function, arguments, name, 
         "unhashable key": b"\x80\x04}](s.",
         "empty stack": b"\x80\x040.",
         "not a dict": b"\x80\x04]K\x01a.",
-        "text after the end": b"\x80\x04}.trailing",
         "only a header": b"\x80",
         "huge string": b"\x80\x04\x8d" + b"\xff" * 7 + b"\x7f" + b".",
         "huge frame": b"\x80\x04\x95" + b"\xff" * 7 + b"\x7f" + b"}.",
@@ -196,9 +195,7 @@ def test_bombs_are_harmless(tmp_path):
     assert "tuple as a key" in refusal(path)
     path.write_bytes(b"\x80\x04}X\x03\x00\x00\x00ema" + nested + b"s.")
     assert "tuple where a module belongs" in refusal(path)
-    path.write_bytes(
-        b"\x80\x04}X\x01\x00\x00\x00a" + b"(" * 200_000 + b"l" * 0 + b"t" * 200_000 + b"s."
-    )
+    path.write_bytes(b"\x80\x04}X\x01\x00\x00\x00a" + b"(" * 200_000 + b"t" * 200_000 + b"s.")
     assert "no network 'ema'" in refusal(path)
 
 
@@ -225,26 +222,26 @@ def rebuilt(offset, size, stride, values: torch.Tensor | None = None):
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize(
-    ("offset", "size", "stride"),
+    ("offset", "size", "stride", "reason"),
     [
-        (0, (32, 9), (9, 1)),
-        (1, (32, 8), (8, 1)),
-        (-1, (32, 8), (8, 1)),
-        (0, (-32, -8), (8, 1)),
-        (0, (32, 8), (8, -1)),
-        (0, (32, 8), (8,)),
-        (0, (1 << 40, 1 << 40), (0, 0)),
-        (0, (1 << 20, 1 << 10), (0, 0)),
-        (1 << 80, (32, 8), (8, 1)),
-        (0, (32.0, 8), (8, 1)),
-        (0, [32, 8], (8, 1)),
-        (0, (True, 8), (8, 1)),
+        (0, (32, 9), (9, 1), "does not fit its storage of 256 values"),
+        (1, (32, 8), (8, 1), "does not fit its storage of 256 values"),
+        (1 << 80, (32, 8), (8, 1), "does not fit its storage of 256 values"),
+        (0, (1 << 40, 1 << 40), (0, 0), "more bytes than the file has"),
+        (0, (1 << 20, 1 << 10), (0, 0), "more bytes than the file has"),
+        (-1, (32, 8), (8, 1), "no whole numbers"),
+        (0, (-32, -8), (8, 1), "no whole numbers"),
+        (0, (32, 8), (8, -1), "no whole numbers"),
+        (0, (32.0, 8), (8, 1), "no whole numbers"),
+        (0, [32, 8], (8, 1), "no whole numbers"),
+        (0, (True, 8), (8, 1), "no whole numbers"),
+        (0, (32, 8), (8,), "2 sizes with 1 strides"),
     ],
 )
-def test_shapes_beyond_their_storage_are_refused(tmp_path, offset, size, stride):
+def test_shapes_beyond_their_storage_are_refused(tmp_path, offset, size, stride, reason):
     root = with_weight(rebuilt(offset, size, stride))
     message = refusal(write_pickle(tmp_path / "bad.pkl", root))
-    assert "model.map_layer0.weight" in message
+    assert "unreadable tensor model.map_layer0.weight" in message and reason in message
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
@@ -308,6 +305,12 @@ def test_edm2_is_told_apart(tmp_path):
     encoder.scale = np.ones(4, np.float32)
     assert "EDM2" in refusal(write_pickle(path, EasyDict(encoder=encoder) | rest))
     assert "EDM2" in refusal(write_pickle(path, edm_root(network)))
+
+
+def test_bytes_after_the_end_are_refused(tmp_path):
+    path = write_pickle(tmp_path / "net.pkl", edm_root(tiny_tree()))
+    path.write_bytes(path.read_bytes() + b"more")
+    assert "4 bytes after the pickle's end" in refusal(path)
 
 
 def test_missing_network_names_what_is_there(tmp_path):
@@ -386,13 +389,13 @@ def test_import_writes_a_network_file_with_its_origin(tmp_path):
     digest = subprocess.run(["sha256sum", source], capture_output=True, text=True).stdout.split()
     assert file.metadata["base_sha256"] == said["base_sha256"] == digest[0]
     assert file.provenance["source_class"] == said["source_class"] == "EDMPrecond"
-    before = destination.read_bytes()
     with pytest.raises(UserError, match="file exists"):
         import_edm(source, destination)
     with pytest.raises(UserError, match="one file"):
         import_edm(source, source, force=True)
+    destination.write_bytes(b"old")
     import_edm(source, destination, force=True)
-    assert destination.read_bytes() == before
+    assert load_network_file(destination).metadata == file.metadata
 
 
 def test_the_command_ends_in_one_line_and_leaves_nothing(tmp_path):

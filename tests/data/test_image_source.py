@@ -111,8 +111,8 @@ def with_label(value: Any) -> list[list[Any]]:
         ([[n, [v]] for n, v in with_label(1e300)], "label [1e+300] of '00000/3.png'"),
         ([[n, [1.0] * v] for n, v in with_label(2)], "label [1.0, 1.0] of '00000/3.png'"),
         ([[n, []] for n, _ in with_label(1)], "label [] of '00000/0.png'"),
-        (with_label(1) + [["00000/2.png", 0]], "a second label for '00000/2.png'"),
-        (with_label(1) + [["00000/2.png"]], "'labels' entry 6"),
+        ([*with_label(1), ["00000/2.png", 0]], "a second label for '00000/2.png'"),
+        ([*with_label(1), ["00000/2.png"]], "'labels' entry 6"),
         ({"00000/0.png": 1}, "'labels' is no list"),
     ],
 )

@@ -1,10 +1,14 @@
 """Class means of backbone features, as files."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
@@ -16,14 +20,17 @@ from fastgan.discriminator.class_embedding import (
     save_class_embedding,
 )
 from fastgan.errors import UserError
+from fastgan.vision import import_timm
 
 
 class Toy:
     """Twelve labelled images in memory."""
 
+    name, resolution, channels = "toy", 16, 3
+
     def __init__(self, labels, label_dim=3):
         self.label_dim = label_dim
-        self.labels = None if labels is None else np.array(labels, np.int64)
+        self.labels = None if labels is None else np.array(labels)
         self.pixels = np.random.default_rng(0).integers(0, 256, (12, 3, 16, 16), np.uint8)
 
     def __len__(self):
@@ -31,6 +38,9 @@ class Toy:
 
     def images(self, indices):
         return self.pixels[indices]
+
+    def provenance(self):
+        return {"dataset": "toy.zip"}
 
 
 LABELS = [0, 1, 2, 2, 1, 0, 2, 2, 2, 1, 0, 2]
@@ -66,7 +76,11 @@ def test_vit_means_are_of_its_own_tokens():
 
 @pytest.mark.parametrize(
     ("labels", "label_dim", "message"),
-    [(None, 0, "no labels"), ([0, 1] * 6, 3, "class 2 has no images")],
+    [
+        (None, 0, "no class labels"),
+        (np.eye(3)[[0, 1, 2] * 4], 3, "no class labels"),
+        ([0, 1] * 6, 3, "class 2 has no images"),
+    ],
 )
 def test_unusable_labels(backbone, labels, label_dim, message):
     with pytest.raises(UserError, match=message):
@@ -76,18 +90,20 @@ def test_unusable_labels(backbone, labels, label_dim, message):
 def test_file_round_trip(backbone, tmp_path):
     path = tmp_path / "embedding.safetensors"
     means, counts = class_means(backbone, Toy(LABELS))
-    save_class_embedding(path, means, counts, backbone, "toy.zip")
+    origin = {"backbone": backbone.provenance, "dataset": Toy(LABELS).provenance()}
+    save_class_embedding(path, means, counts, origin)
     assert torch.equal(load_class_embedding(path, 3), means)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    assert metadata["backbone.backbone"] == "test_efficientnet"
-    assert metadata["dataset"] == "toy.zip" and json.loads(metadata["counts"]) == [3, 3, 6]
+    assert json.loads(metadata["backbone"])["weights"] == "random"
+    assert json.loads(metadata["dataset"]) == {"dataset": "toy.zip"}
+    assert json.loads(metadata["counts"]) == [3, 3, 6]
     assert [p.name for p in tmp_path.iterdir()] == ["embedding.safetensors"]
 
 
-def test_unwritable_place_is_a_user_error(backbone, tmp_path):
+def test_unwritable_place_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="cannot write"):
-        save_class_embedding(tmp_path / "no" / "e.safetensors", torch.ones(1, 2), [1], backbone, "")
+        save_class_embedding(tmp_path / "no" / "e.safetensors", torch.ones(1, 2), [1], {})
 
 
 def test_bad_files(tmp_path):
@@ -107,3 +123,33 @@ def test_bad_files(tmp_path):
         with pytest.raises(UserError) as caught:
             load_class_embedding(path, 3)
         assert str(path) in str(caught.value) and "expected" in str(caught.value)
+
+
+TOOL = Path(__file__).parents[2] / "tools" / "class_embedding.py"
+
+
+def run_tool(*arguments):
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_tool(tmp_path):
+    """On a folder of class folders: a row per class, of the given file's weights."""
+    data = Toy([0] * 6 + [1] * 6, label_dim=2)
+    for i, (label, pixels) in enumerate(zip(data.labels, data.pixels, strict=True)):
+        (tmp_path / "data" / f"class{label}").mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(pixels.transpose(1, 2, 0))
+        image.save(tmp_path / "data" / f"class{label}" / f"{i:02d}.png")
+    weights, out = tmp_path / "w.safetensors", tmp_path / "e.safetensors"
+    save_file(import_timm().create_model("test_efficientnet").state_dict(), weights)
+    done = run_tool(tmp_path / "data", out, "--backbone", "test_efficientnet", "--weights", weights)
+    assert done.returncode == 0, done.stderr
+    backbone = load_backbone("test_efficientnet", str(weights))
+    torch.testing.assert_close(load_class_embedding(out, 2), class_means(backbone, data)[0])
+
+
+def test_tool_errors_are_one_line(tmp_path):
+    out = tmp_path / "e.safetensors"
+    done = run_tool("digits", out, "--backbone", "no_such_net")
+    assert done.returncode == 1 and not list(tmp_path.iterdir())
+    assert done.stderr.startswith("error: no such backbone") and done.stderr.count("\n") == 1

@@ -244,7 +244,7 @@ def test_classifier_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return images.flatten(1)[:, :16].float()
 
-    stub = types.ModuleType("fastgan.models.digit_classifier")
+    stub = types.ModuleType("fastgan.evaluation.digit_classifier")
     stub.load_classifier = lambda path: Net()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, stub.__name__, stub)
     (tmp_path / "c.safetensors").write_bytes(b"weights")

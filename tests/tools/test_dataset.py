@@ -53,13 +53,16 @@ def test_grid_is_eight_by_sixteen(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "grid.png").size == (16 * 16, 8 * 16)
 
 
-def test_info_without_labels(pictures: Path, tmp_path: Path) -> None:
-    run("convert", pictures / "cow", tmp_path / "cow.zip")
-    assert "exit" not in (done := run("info", tmp_path / "cow.zip")).stderr
-    assert done.returncode == 1  # 12 x 10 without a transform is refused, so there is no zip
-    run("convert", pictures / "cow", tmp_path / "c.zip", "--transform", "center-crop",
-        "--resolution", 8)  # fmt: skip
-    assert "classes: unlabelled" in run("info", tmp_path / "c.zip").stdout
+def test_info_without_labels(tmp_path: Path) -> None:
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    told = run("info", tmp_path).stdout
+    assert "classes: unlabelled" in told and "label_dim: 0" in told and "sha256: " not in told
+
+
+def test_a_refused_conversion_leaves_no_file(pictures: Path, tmp_path: Path) -> None:
+    done = run("convert", pictures, tmp_path / "out.zip")
+    assert done.returncode == 1 and "image of 12 x 10, entry 'ape/1.png'" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
 
 
 def test_check_lists_every_problem(tmp_path: Path) -> None:

@@ -1,0 +1,157 @@
+"""Properties of the networks that no golden file covers."""
+
+import math
+
+import pytest
+import torch
+
+from fastgan.errors import UserError
+from fastgan.models import network_from_config
+from fastgan.models.freeze import freeze, is_frozen
+from fastgan.models.init import XAVIER, Init
+from fastgan.models.unet_block import UNetBlock
+from tests.conftest import live_network
+
+SONG = {
+    "precond": "EDMPrecond",
+    "img_resolution": 8,
+    "img_channels": 3,
+    "label_dim": 0,
+    "model_type": "SongUNet",
+    "model_channels": 8,
+    "channel_mult": [1, 2, 2],
+    "num_blocks": 1,
+    "attn_resolutions": [4],
+}
+
+
+@pytest.mark.parametrize("encoder", ["standard", "skip", "residual"])
+@pytest.mark.parametrize("decoder", ["standard", "skip"])
+@pytest.mark.parametrize("taps", [[1, 1], [1, 3, 3, 1]])
+def test_every_song_unet_variant_uses_all_its_parameters(
+    encoder: str, decoder: str, taps: list[int]
+) -> None:
+    config = {**SONG, "encoder_type": encoder, "decoder_type": decoder, "resample_filter": taps}
+    network = live_network(config).double()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    out = network(x, torch.tensor([1.0, 2.0]))
+    out.sum().backward()
+    assert out.shape == x.shape and out.dtype == torch.float64
+    assert all(p.grad is not None and p.grad.any() for p in network.parameters())
+
+
+def test_d2o_is_the_identity_at_its_smallest_sigma(tiny_network) -> None:
+    x = torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(tiny_network(x, torch.tensor([0.002])), x, rtol=0, atol=1e-7)
+
+
+def test_edm_is_the_identity_only_at_zero(tiny_config) -> None:
+    network = live_network({**tiny_config, "precond": "EDMPrecond"})
+    x = torch.randn(2, 1, 8, 8)
+    assert (network(x, torch.tensor([0.002])) - x).abs().max() > 1e-5
+
+
+def test_preconditioning_gives_unit_variance_to_input_and_target() -> None:
+    """Karras et al. 2022, B.6: Var[c_in (y + n)] = 1 and the effective target has variance 1."""
+    network = network_from_config({**SONG, "precond": "EDMPrecond"})
+    for value in (0.01, 0.5, 3.0, 80.0):
+        sigma = torch.tensor(value, dtype=torch.float64)
+        c_in, c_skip, c_out = network.c_in(sigma), network.c_skip(sigma), network.c_out(sigma)
+        assert float(c_in**2 * (0.25 + sigma**2)) == pytest.approx(1)
+        target = ((1 - c_skip) ** 2 * 0.25 + c_skip**2 * sigma**2) / c_out**2
+        assert float(target) == pytest.approx(1)
+        assert float(network.c_noise(sigma)) == pytest.approx(math.log(value) / 4)
+
+
+def test_missing_labels_are_zeros() -> None:
+    network = live_network({**SONG, "label_dim": 4}).double()
+    x, sigma = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([1.0])
+    torch.testing.assert_close(network(x, sigma), network(x, sigma, torch.zeros(2, 4)))
+    assert not torch.allclose(network(x, sigma), network(x, sigma, torch.eye(4)[:2]))
+
+
+def test_float64_images_keep_float64_outside_a_float32_network(tiny_network) -> None:
+    x = torch.randn(1, 1, 8, 8, dtype=torch.float64)
+    out = tiny_network(x, torch.tensor([0.01]))
+    raw = (out - tiny_network.c_skip(torch.tensor(0.01, dtype=torch.float64)) * x).detach()
+    assert out.dtype == torch.float64
+    assert raw.abs().max() < 0.1  # the skip path, in float64, carries the image
+
+
+def test_bf16_compute_stays_near_float32(tiny_network) -> None:
+    x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([1.0])
+    expected = tiny_network(x, sigma)
+    tiny_network.compute_dtype = torch.bfloat16
+    out = tiny_network(x, sigma)
+    assert out.dtype == torch.float32
+    error = (out - expected).abs().max()
+    assert 0 < error < 0.05
+
+
+def test_features_are_the_encoders_last_maps(tiny_network) -> None:
+    maps = tiny_network.features(torch.randn(2, 1, 8, 8), 0.2)
+    assert [tuple(m.shape) for m in maps] == [(2, 8, 8, 8), (2, 16, 4, 4)]
+
+
+def test_blocks_below_64_channels_have_no_attention_by_head_width() -> None:
+    assert UNetBlock(32, 32, 8, attention=True).num_heads == 0
+    assert UNetBlock(64, 128, 8, attention=True).num_heads == 2
+    assert UNetBlock(64, 64, 8, attention=True, num_heads=1, channels_per_head=16).num_heads == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen_from"),
+    [
+        ("model.enc.32x32_block0.conv0.weight", 1),
+        ("model.enc.16x16_down.conv1.bias", 1),
+        ("model.dec.8x8_in0.proj.weight", 1),
+        ("model.dec.16x16_up.qkv.weight", 2),
+        ("model.dec.16x16_block0.skip.weight", 3),
+        ("model.enc.32x32_conv.weight", None),
+        ("model.enc.16x16_aux_residual.weight", None),
+        ("model.dec.32x32_aux_conv.weight", None),
+        ("model.out_conv.weight", None),
+        ("model.enc.32x32_block0.norm0.weight", None),
+        ("model.enc.32x32_block0.affine.weight", None),
+        ("model.map_layer0.weight", None),
+    ],
+)
+def test_freeze_rule_by_name(name: str, frozen_from: int | None) -> None:
+    expected = [frozen_from is not None and level >= frozen_from for level in range(4)]
+    assert [is_frozen(name, level) for level in range(4)] == expected
+
+
+def test_freeze_leaves_map_augment_out(tiny_config) -> None:
+    network = network_from_config({**tiny_config, "augment_dim": 9})
+    names = freeze(network, 0)
+    assert "model.map_augment.weight" not in names
+    assert not network.model.map_augment.weight.requires_grad
+    assert len(names) == len(list(network.parameters())) - 1
+
+
+def test_initial_bounds() -> None:
+    weight, bias = torch.empty(64, 32, 3, 3), torch.empty(64)
+    XAVIER.fill(weight, bias)
+    bound = math.sqrt(6 / ((64 + 32) * 9))
+    assert weight.abs().max() <= bound and weight.std() > 0.5 * bound and not bias.any()
+    Init("fan_in").fill(weight, bias)
+    assert weight.abs().max() <= 1 / math.sqrt(32 * 9) and bias.any()
+    Init("fan_in").scaled(0.0, bias=0.0).fill(weight, bias)
+    assert not weight.any() and not bias.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "UNet"}, "model_type"),
+        ({"precond": "VPPrecond"}, "precond"),
+        ({"encoder_type": "odd"}, "encoder_type"),
+        ({"img_resolution": 6}, "img_resolution"),
+        ({"img_channels": None}, "img_channels"),
+        ({"widht": 3}, "widht"),
+    ],
+)
+def test_bad_configs_are_refused_by_name(change: dict, named: str) -> None:
+    with pytest.raises(UserError, match=named) as refused:
+        network_from_config({**SONG, **change})
+    assert "\n" not in str(refused.value)
