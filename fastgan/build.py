@@ -11,7 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgan import config as cfg
-from fastgan.checkpoint.network_file import NetworkFile, load_network_file, network_from_file
+from fastgan.checkpoint.network_file import (
+    NetworkFile,
+    load_network_file,
+    network_from_file,
+    require_fit,
+)
 from fastgan.checkpoint.store import EMA, latest_checkpoint
 from fastgan.data import ImageDataset, open_dataset
 from fastgan.data.sampler import batch_indices
@@ -55,14 +60,13 @@ def generator(config: cfg.TrainConfig, data: ImageDataset) -> Model:
     """
     path, source = config.init.path, None
     if path is None:
-        architecture = {**config.init.network, **_image_shape(data, config.init.network)}
+        architecture = {**_image_shape(data), **config.init.network}
     else:
         source = load_network_file(cfg.existing(path, "init.path"))
+        require_fit(source.config, source.state, path)
         architecture = dict(source.config)
     architecture |= {"precond": "D2OPrecond", "dropout": 0.0}
-    check_fit(architecture, data, path or "init.network")
-    with seeded(config.seed):
-        network = network_from_config(architecture)
+    network = _fitting_network(architecture, data, path or "init.network", config.seed)
     if source is not None:
         network.load_state_dict(source.state)
     return Model(network, architecture, source)
@@ -70,10 +74,8 @@ def generator(config: cfg.TrainConfig, data: ImageDataset) -> Model:
 
 def fresh_network(config: cfg.PretrainConfig, data: ImageDataset) -> Model:
     """A network with random weights for the data's image shape."""
-    shape = _image_shape(data, config.network)
-    architecture = {"precond": "EDMPrecond", **config.network, **shape}
-    with seeded(config.seed):
-        return Model(network_from_config(architecture), architecture, None)
+    architecture = {"precond": "EDMPrecond", **_image_shape(data), **config.network}
+    return Model(_fitting_network(architecture, data, "network", config.seed), architecture, None)
 
 
 def check_fit(architecture: dict[str, Any], data: ImageDataset, where: str) -> None:
@@ -114,7 +116,8 @@ def discriminator(config: cfg.TrainConfig, network: Precond, data: ImageDataset)
     if d.class_embedding is not None and network.label_dim:
         path = cfg.existing(d.class_embedding, "discriminator.class_embedding")
         embedding = load_class_embedding(path, network.label_dim)
-    unused = sorted(set(d.weights) - set(d.backbones))
+    # Entries without a file stay behind where other backbones are chosen than a recipe's.
+    unused = sorted(n for n, file in d.weights.items() if file is not None and n not in d.backbones)
     if unused:
         raise UserError(
             f"discriminator.weights.{unused[0]} belongs to no backbone of this run, "
@@ -157,11 +160,7 @@ def sample_fn(
     one_class: int | None = None,
 ) -> SampleFn:
     """seeds -> uint8 images [n, C, H, W] as the papers evaluate: float32 UNet, float64 state."""
-    if sampler.kind not in ("few_step", "heun") or sampler.steps < 1:
-        raise UserError(
-            f"sampler.kind={sampler.kind} sampler.steps={sampler.steps} is no sampler, "
-            "few_step or heun with at least one step would be"
-        )
+    assert sampler.kind in cfg.SAMPLERS, sampler.kind
     channels, size = network_shape(network)
 
     @torch.no_grad()
@@ -227,11 +226,26 @@ def extractor_and_reference(
     return features, dataset_statistics(data, features, batch, progress=progress)
 
 
-def _image_shape(data: ImageDataset, network: dict[str, Any]) -> dict[str, Any]:
+def _image_shape(data: ImageDataset) -> dict[str, Any]:
     """What a fresh network takes from the data; it is conditional where its config says so."""
-    label_dim = data.label_dim if network.get("label_dim") else 0
-    shape = {"img_resolution": data.resolution, "img_channels": data.channels}
-    return {**shape, "label_dim": label_dim}
+    return {"img_resolution": data.resolution, "img_channels": data.channels, "label_dim": 0}
+
+
+def _fitting_network(
+    architecture: dict[str, Any], data: ImageDataset, where: str, seed: int
+) -> Precond:
+    """The network of `architecture` with random weights; UserError where it does not fit."""
+    check_fit(architecture, data, where)
+    try:
+        with seeded(seed):
+            return network_from_config(architecture)
+    except UserError:
+        raise
+    except Exception as error:  # arguments that do not fit each other fail anywhere
+        raise UserError(
+            f"no network can be built from {where} ({type(error).__name__}: {error}), "
+            "arguments that fit each other would be right"
+        ) from error
 
 
 def _labels(

@@ -1,21 +1,26 @@
 """How the Hydra commands start and end: schemas, one-line errors, exit codes."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fastgan import distributed
 from fastgan.errors import UserError, fail
-from fastgan.training.loop import Diverged
+from fastgan.training.loop import DIVERGED, Diverged
 
-DIVERGED = 3
+# How lines begin that tell a user nothing.
+_TECHNICAL = ("full_key:", "object_type=", "reference_type=", "See https://", "^")
 
 
 def config_folder() -> Path:
@@ -46,11 +51,13 @@ def hydra_command(name: str, schema: type, run: Callable[[Any], None]) -> NoRetu
         # Caught here and told below: Hydra would print the overrides above a passing exception.
         try:
             run(typed(config))
+            distributed.shutdown()
         except (UserError, Diverged, KeyboardInterrupt) as error:
             ended_by.append(error)
 
     ended_by: list[BaseException] = []
     try:
+        _check_flags()
         command()
     except (HydraException, OmegaConfBaseException) as error:
         fail(cause(error))
@@ -77,6 +84,7 @@ def compose(name: str, schema: type, overrides: list[str]) -> Any:
 
 def typed(config: DictConfig) -> Any:
     """The configuration as its dataclass; UserError naming a key that has no value."""
+    _check_keys(config)
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(
@@ -85,14 +93,42 @@ def typed(config: DictConfig) -> Any:
     return OmegaConf.to_object(config)
 
 
+def _check_flags() -> None:
+    """Refuses a flag that Hydra does not know, before Hydra answers it with several lines."""
+    parser = get_args_parser()
+    parser.exit_on_error = False
+    try:
+        _, unknown = parser.parse_known_args()
+    except argparse.ArgumentError as error:
+        fail(f"{error}, --help lists the keys and their values")
+    if unknown:
+        fail(f"cannot read {' '.join(unknown)}, KEY=VALUE ... and then flags of --help expected")
+
+
+def _check_keys(config: DictConfig, prefix: str = "") -> None:
+    """UserError naming a key that `+key=value` added to the schema or `~key` took out of it."""
+    schema = OmegaConf.get_type(config)
+    assert schema is not None
+    expected = {f.name for f in fields(schema)}
+    for key in sorted(expected ^ {str(key) for key in config.keys()}):  # noqa: SIM118
+        wrong = "is needed" if key in expected else "is no key of this command"
+        raise UserError(f"{prefix}{key} {wrong}, --help lists the keys and their values")
+    for key in expected:
+        if is_dataclass(OmegaConf.get_type(config, key)):
+            _check_keys(config[key], f"{prefix}{key}.")
+
+
 def cause(error: BaseException) -> str:
     """The root of a chain of Hydra's and OmegaConf's exceptions, in one line with its key."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # Hydra says where in the first line and what in the second; OmegaConf all in the first.
-    shown = 2 if isinstance(error, HydraException) else 1
-    message = " ".join(lines[:shown]) or type(error).__name__
+    if isinstance(error, MissingConfigException) and error.options:
+        return f"{lines[0]}, one of {', '.join(error.options)} expected"
+    # OmegaConf says what in the first line; Hydra where, then what, then what would be right.
+    shown = len(lines) if isinstance(error, HydraException) else 1
+    told = [line for line in lines[:shown] if not line.startswith(_TECHNICAL)]
+    message = " ".join(told) or type(error).__name__
     key = getattr(error, "full_key", None)
     if key and key not in message:
         message = f"{message}, key {key}"

@@ -26,6 +26,8 @@ from fastgan.precision import strict_float32
 
 def evaluate(config: cfg.EvaluateConfig) -> None:
     """Frechet distance of a network's (or finished) images to a reference, as one JSON file."""
+    cfg.require_positive(config, "batch")
+    cfg.check_sampler(config, "sampler")
     if (config.checkpoint is None) == (config.images is None):
         raise UserError("one of checkpoint=... and images=... expected, not both and not neither")
     out = Path(config.out)
@@ -53,7 +55,6 @@ def evaluate(config: cfg.EvaluateConfig) -> None:
         with replace_atomically(out) as file:
             file.write((text + "\n").encode())
         print(text)
-    distributed.shutdown()
 
 
 def _of_network(

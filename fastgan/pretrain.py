@@ -16,6 +16,7 @@ from fastgan.training.loop import run_loop
 
 def pretrain(config: cfg.PretrainConfig) -> None:
     """Trains a denoiser with EDM's loss, into a run directory."""
+    cfg.check_run(config)
     world = distributed.init(config.device.value)
     strict_float32()
     settings, plan = edm_settings(config, world), schedule(config)
@@ -32,6 +33,7 @@ def pretrain(config: cfg.PretrainConfig) -> None:
     if config.dry_run:
         return
 
+    evaluate = evaluation(config, data, world)
     run_dir = open_run_dir(config)
     network.to(world.device)
     average = averaged_copy(network)
@@ -45,7 +47,7 @@ def pretrain(config: cfg.PretrainConfig) -> None:
         world,
         network_config=model.architecture,
         provenance=provenance(model, data, "fastgan.pretrain"),
-        evaluate=evaluation(config, run_dir, data, world),
+        evaluate=evaluate,
     )
 
 

@@ -22,9 +22,9 @@ def schedule(config: cfg.RunConfig) -> Schedule:
     """The loop's schedule in images; UserError naming a key that is no number of images."""
     return Schedule(
         batch=config.batch,
-        total_images=cfg.images(config.total_images, "total_images"),
-        tick=cfg.images(config.tick, "tick"),
-        snapshot=cfg.images(config.snapshot, "snapshot"),
+        total_images=cfg.images(config.total_images, "total_images", least=1),
+        tick=cfg.images(config.tick, "tick", least=1),
+        snapshot=cfg.images(config.snapshot, "snapshot", least=1),
         keep=config.keep,
     )
 
@@ -48,9 +48,12 @@ def provenance(model: build.Model, data: ImageDataset, command: str) -> dict[str
 
 
 def evaluation(
-    config: cfg.RunConfig, run_dir: Path, data: ImageDataset, world: World
+    config: cfg.RunConfig, data: ImageDataset, world: World
 ) -> Callable[[Precond, int], dict[str, float]]:
-    """What happens at a snapshot: a grid of fixed seeds, and the Frechet distance if asked for."""
+    """What happens at a snapshot: a grid of fixed seeds, and the Frechet distance if asked for.
+
+    Loads what measures first, so that a wrong `eval` is refused before the run directory is made.
+    """
     e = config.eval
     if e.extractor is not None:
         features, reference = build.extractor_and_reference(
@@ -61,7 +64,7 @@ def evaluation(
         sample = build.sample_fn(network, e.sampler, world.device)
         if world.rank == 0:
             grid = torch.cat([sample(GRID_SEEDS[i : i + e.batch]) for i in _starts(e.batch)])
-            save_grid(grid, run_dir / "samples" / f"{nimg:010d}.png", columns=8, scale=2)
+            save_grid(grid, Path(config.run_dir, "samples", f"{nimg:010d}.png"), columns=8, scale=2)
         if e.extractor is None:
             return {}
         generated = generator_statistics(sample, list(range(e.images)), features, e.batch)

@@ -22,6 +22,8 @@ from fastgan.precision import strict_float32
 
 def sample(config: cfg.SampleConfig) -> None:
     """Writes the images of the seeds as an .npz, a grid (.png) or a folder of PNG files."""
+    cfg.require_positive(config, "batch")
+    cfg.check_sampler(config, "sampler")
     world = distributed.init(config.device.value)
     if world.size > 1:
         raise UserError("fastgan.sample runs as one process, without torchrun would be right")

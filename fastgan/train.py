@@ -39,6 +39,7 @@ def train(config: cfg.TrainConfig) -> None:
     if config.dry_run:
         return
 
+    evaluate = evaluation(config, data, world)
     run_dir = open_run_dir(config)
     network.train().to(world.device)
     discriminator.train().to(world.device)
@@ -53,7 +54,7 @@ def train(config: cfg.TrainConfig) -> None:
         world,
         network_config=model.architecture,
         provenance=provenance(model, data, "fastgan.train"),
-        evaluate=evaluation(config, run_dir, data, world),
+        evaluate=evaluate,
     )
 
 

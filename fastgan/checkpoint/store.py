@@ -6,6 +6,7 @@ read), `training.safetensors` (trainable parameters, discriminator, optimisers) 
 """
 
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -71,12 +72,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         _sync(folder)
         with replace_atomically(folder / LATEST) as pointer:
             pointer.write(f"{target.name}\n".encode())
-    except OSError as error:
+    except (OSError, SafetensorError, UserError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
-            f"cannot write a checkpoint ({error.strerror}), {target}, free space would be right"
+            f"cannot write a checkpoint ({error}), {target}, free space would be right"
         ) from error
-    _drop_old(folder, keep)
+    _drop_old(folder, target, keep)
     return target
 
 
@@ -85,7 +86,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     pointer = folder / LATEST
     if not pointer.exists():
         return None
-    name = pointer.read_text()[:64].strip()
+    name = pointer.read_text(errors="replace")[:64].strip()
     if not name.isdigit() or not (folder / name).is_dir():
         raise UserError(f"{pointer} names no checkpoint beside it, the name of one would be right")
     return folder / name
@@ -113,9 +114,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ) from error
 
 
-def _drop_old(folder: Path, keep: int) -> None:
+def _drop_old(folder: Path, newest: Path, keep: int) -> None:
     saved = sorted(p for p in folder.iterdir() if p.name.isdigit() and p.is_dir())
-    kept = set(saved[-max(keep, 1) :])
+    # By name `newest` is not the last one in a run taken up again from an older checkpoint.
+    kept = {newest, *saved[-max(keep, 1) :]}
     scored = [(min(metrics.values()), path) for path in saved if (metrics := _metrics(path))]
     if scored:
         kept.add(min(scored)[1])
@@ -126,8 +128,9 @@ def _drop_old(folder: Path, keep: int) -> None:
 
 def _metrics(path: Path) -> dict[str, float]:
     try:
-        return json.loads((path / META).read_text())["metrics"]
-    except (OSError, ValueError, KeyError):
+        metrics = json.loads((path / META).read_text())["metrics"]
+        return {name: value for name, value in metrics.items() if math.isfinite(value)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastgan.errors import UserError
 from fastgan.models.init import FAN_IN, Init
 
 
@@ -43,6 +44,11 @@ class GroupNorm(nn.Module):
     def __init__(self, channels: int, *, eps: float) -> None:
         super().__init__()
         self.num_groups = min(32, channels // 4)
+        if not self.num_groups or channels % self.num_groups:
+            raise UserError(
+                f"{channels} channels do not split into {self.num_groups} groups of a GroupNorm, "
+                "model_channels and channel_mult whose widths are multiples of 32 would"
+            )
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))

@@ -1,6 +1,7 @@
 """The training loop: counts images, reports, saves, evaluates. The mathematics is in the step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,10 +23,12 @@ from fastgan.training.state import StepResult
 
 # After this many iterations in a row with a non-finite gradient the run has diverged.
 MAX_SKIPPED = 10
+# Exit status of a diverged run.
+DIVERGED = 3
 
 
 class Diverged(Exception):
-    """Too many iterations in a row had non-finite gradients; commands exit with status 3."""
+    """Too many iterations in a row had non-finite gradients; commands exit with DIVERGED."""
 
 
 class Step(Protocol):
@@ -70,7 +73,8 @@ def run_loop(
 
     `draw(iteration)` gives this process's reals [local, C, H, W] and one-hot labels; `evaluate`
     is called on all processes with the averaged network at every snapshot and returns its metrics.
-    Raises Diverged after MAX_SKIPPED iterations in a row without an update.
+    state.json says how it went; raises Diverged after MAX_SKIPPED iterations in a row without an
+    update.
     """
     checkpoints = run_dir / "checkpoints"
     nimg, iteration = _resume(step, checkpoints)
@@ -79,53 +83,67 @@ def run_loop(
         run_dir, total_images=schedule.total_images, nimg=nimg, device=world.device, main=main
     )
     averages, skipped_in_a_row = Averages(), 0
-    monitor.state("running", nimg, None)
-    while nimg < schedule.total_images:
-        # One iteration.
-        reals, labels = draw(iteration)
-        result = step.run(reals, labels, iteration)
-        averages.add(result.scalars)
-        nimg, iteration = nimg + schedule.batch, iteration + 1
-        monitor.advance(schedule.batch)
+    with _outcome(monitor):
+        if nimg:
+            done = ", nothing left to do" if nimg >= schedule.total_images else ""
+            monitor.log(f"{nimg} images are trained in {run_dir}{done}")
+        while nimg < schedule.total_images:
+            # One iteration.
+            reals, labels = draw(iteration)
+            result = step.run(reals, labels, iteration)
+            averages.add(result.scalars)
+            nimg, iteration = nimg + schedule.batch, iteration + 1
+            monitor.advance(schedule.batch)
 
-        # Divergence: gradients are averaged before they are checked, so that all ranks agree.
-        skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
-        if result.skipped:
-            monitor.log(
-                f"iteration {iteration - 1}: non-finite gradients, skipped {result.skipped}"
-            )
-        if skipped_in_a_row >= MAX_SKIPPED:
-            message = f"gradients not finite in {MAX_SKIPPED} iterations in a row, at {nimg} images"
-            monitor.state("diverged", nimg, 3, message)
-            raise Diverged(message)
-
-        # Report.
-        if schedule.due(schedule.tick, nimg):
-            monitor.tick(nimg, _mean_over_processes(averages.take(), world))
-            monitor.state("running", nimg, None)
-
-        # Snapshot: measure, then save.
-        if schedule.due(schedule.snapshot, nimg):
-            metrics = evaluate(step.average, nimg)
-            if metrics:
-                monitor.record({"Progress/kimg": nimg / 1000, **metrics})
-                values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-                monitor.log(f"{nimg / 1000:9.1f} kimg  {values}")
-            if main:
-                state = Checkpoint(
-                    network_config,
-                    {n: t.detach().cpu() for n, t in step.average.state_dict().items()},
-                    {n: t.detach().cpu() for n, t in step.state().items()},
-                    nimg,
-                    iteration,
-                    metrics,
-                    provenance,
+            # Divergence: gradients are averaged before they are checked, so that all ranks agree.
+            skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+            if result.skipped:
+                monitor.log(f"iteration {iteration - 1}: skipped {result.skipped}, not finite")
+            if skipped_in_a_row >= MAX_SKIPPED:
+                raise Diverged(
+                    f"gradients not finite in {MAX_SKIPPED} iterations in a row, at {nimg} images"
                 )
-                save_checkpoint(checkpoints, state, keep=schedule.keep)
-            barrier()
-            monitor.restart_clock()
-    monitor.close()
-    monitor.state("done", nimg, 0)
+
+            # Report.
+            if schedule.due(schedule.tick, nimg):
+                monitor.tick(_mean_over_processes(averages.take(), world))
+                monitor.state("running", None)
+
+            # Snapshot: measure, then save.
+            if schedule.due(schedule.snapshot, nimg):
+                with monitor.clock_stopped():
+                    metrics = evaluate(step.average, nimg)
+                    monitor.metrics(metrics)
+                    if main:
+                        state = Checkpoint(
+                            network_config,
+                            {n: t.detach().cpu() for n, t in step.average.state_dict().items()},
+                            {n: t.detach().cpu() for n, t in step.state().items()},
+                            nimg,
+                            iteration,
+                            metrics,
+                            provenance,
+                        )
+                        save_checkpoint(checkpoints, state, keep=schedule.keep)
+                    barrier()
+
+
+@contextmanager
+def _outcome(monitor: Monitor) -> Iterator[None]:
+    """state.json: running within, then done, diverged or failed, and why."""
+    monitor.state("running", None)
+    try:
+        yield
+    except Diverged as error:
+        monitor.state("diverged", DIVERGED, str(error))
+        raise
+    except BaseException as error:
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        monitor.state("failed", 1, kind + str(error))
+        raise
+    finally:
+        monitor.close()
+    monitor.state("done", 0)
 
 
 def _resume(step: Step, checkpoints: Path) -> tuple[int, int]:

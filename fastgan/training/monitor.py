@@ -1,11 +1,14 @@
 """What a run tells: stats.jsonl, log.txt, state.json, a progress bar; averages between ticks."""
 
 import json
+import math
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,12 +38,12 @@ class Averages:
 
 
 class Monitor:
-    """Writes a run's records; silent on every process but the first."""
+    """Writes a run's records and counts its images; silent on every process but the first."""
 
     def __init__(
         self, run_dir: Path, *, total_images: int, nimg: int, device: torch.device, main: bool
     ) -> None:
-        self.run_dir, self.device, self.main = run_dir, device, main
+        self.run_dir, self.device, self.main, self.nimg = run_dir, device, main, nimg
         self._tick_start, self._tick_nimg = time.perf_counter(), nimg
         self._bar = tqdm(
             total=total_images,
@@ -53,15 +56,16 @@ class Monitor:
         )
 
     def advance(self, images: int) -> None:
+        self.nimg += images
         self._bar.update(images)
 
-    def tick(self, nimg: int, means: dict[str, float]) -> dict[str, Any]:
+    def tick(self, means: dict[str, float]) -> None:
         """One line of stats.jsonl and log.txt about the images since the last tick."""
         now = time.perf_counter()
-        images, seconds = nimg - self._tick_nimg, now - self._tick_start
-        self._tick_start, self._tick_nimg = now, nimg
+        images, seconds = self.nimg - self._tick_nimg, now - self._tick_start
+        self._tick_start, self._tick_nimg = now, self.nimg
         stats = {
-            "Progress/kimg": nimg / 1000,
+            "Progress/kimg": self.nimg / 1000,
             "Timing/img_per_sec": images / seconds,
             "Timing/sec_per_kimg": 1000 * seconds / images,
             "Resources/peak_gpu_mem_gb": self._peak_memory_gb(),
@@ -70,18 +74,29 @@ class Monitor:
         }
         self.record(stats)
         losses = " ".join(f"{k.split('/')[1]} {v:.4f}" for k, v in sorted(means.items()))
-        self.log(f"{nimg / 1000:9.1f} kimg  {stats['Timing/img_per_sec']:8.1f} img/s  {losses}")
-        return stats
+        speed = f"{stats['Timing/img_per_sec']:8.1f} img/s"
+        self.log(f"{self.nimg / 1000:9.1f} kimg  {speed}  {losses}")
 
-    def restart_clock(self) -> None:
-        """Leaves what happened since the last tick (a checkpoint, an evaluation) out of img/s."""
-        self._tick_start = time.perf_counter()
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Leaves what happens within (an evaluation, a checkpoint) out of img/s."""
+        start = time.perf_counter()
+        yield
+        self._tick_start += time.perf_counter() - start
 
-    def record(self, values: dict[str, Any]) -> None:
-        """Appends one JSON object to stats.jsonl."""
+    def metrics(self, values: dict[str, float]) -> None:
+        """What a snapshot measured, if it did, to stats.jsonl and log.txt."""
+        if values:
+            self.record({"Progress/kimg": self.nimg / 1000, **values})
+            text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+            self.log(f"{self.nimg / 1000:9.1f} kimg  {text}")
+
+    def record(self, values: dict[str, float]) -> None:
+        """Appends one JSON object to stats.jsonl; null stands for what is not finite."""
+        finite = {name: x if math.isfinite(x) else None for name, x in values.items()}
         if self.main:
             with (self.run_dir / "stats.jsonl").open("a") as file:
-                file.write(json.dumps(values) + "\n")
+                file.write(json.dumps(finite) + "\n")
 
     def log(self, line: str) -> None:
         """Appends to log.txt and prints above the progress bar."""
@@ -90,10 +105,10 @@ class Monitor:
                 file.write(line + "\n")
             self._bar.write(line, file=sys.stderr)
 
-    def state(self, status: Status, nimg: int, exit_code: int | None, message: str = "") -> None:
+    def state(self, status: Status, exit_code: int | None, message: str = "") -> None:
         """Replaces state.json: what a scheduler or a script asks a run for."""
         if self.main:
-            write_state(self.run_dir, status, nimg, exit_code, message)
+            write_state(self.run_dir, status, self.nimg, exit_code, message)
 
     def close(self) -> None:
         self._bar.close()

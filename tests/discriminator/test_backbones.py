@@ -12,10 +12,10 @@ from fastgan.discriminator.backbones import load_backbone
 from fastgan.errors import UserError
 from fastgan.vision import import_timm, import_torchvision
 
-WEIGHTS = Path(
-    os.environ.get("FASTGAN_TEST_WEIGHTS", Path(__file__).parents[3] / "shared" / "weights")
+# Real weights, where they are at hand.
+MOBILENET = (
+    Path(os.environ.get("FASTGAN_WEIGHTS", "weights")) / "mobilenetv2_100_imagenet.safetensors"
 )
-MOBILENET = WEIGHTS / "mobilenetv2_100_imagenet.safetensors"
 
 
 def images(n: int, size: int = 32, channels: int = 3, seed: int = 0) -> torch.Tensor:

@@ -149,6 +149,7 @@ def test_initial_bounds() -> None:
         ({"img_resolution": 6}, "img_resolution"),
         ({"img_channels": None}, "img_channels"),
         ({"widht": 3}, "widht"),
+        ({"model_channels": 48, "channel_mult": [2, 2]}, "144 channels"),
     ],
 )
 def test_bad_configs_are_refused_by_name(change: dict, named: str) -> None:

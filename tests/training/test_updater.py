@@ -1,0 +1,89 @@
+"""What surrounds Adam's step."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fastgan.errors import UserError
+from fastgan.training.updater import Updater, linear_decay, repair_gradients
+from tests.training.toys import ALONE
+
+
+def updater(lr: float = 0.1, **options: object) -> Updater:
+    parameters = {name: nn.Parameter(torch.ones(2)) for name in ("a", "b")}
+    return Updater(parameters, ALONE, lr=lr, betas=(0.0, 0.99), **options)  # type: ignore[arg-type]
+
+
+def give_gradients(update: Updater, value: float) -> None:
+    for parameter in update.parameters:
+        parameter.grad = torch.full_like(parameter, value)
+
+
+def test_one_step_of_adam_moves_by_the_learning_rate_and_clears() -> None:
+    update = updater()
+    give_gradients(update, 3.0)
+    assert update(0)
+    for parameter in update.parameters:
+        torch.testing.assert_close(parameter.data, torch.full((2,), 0.9))
+        assert parameter.grad is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_skip_touches_neither_parameters_nor_moments(bad: float) -> None:
+    update = updater()
+    give_gradients(update, 1.0)
+    update(0)
+    before = [p.detach().clone() for p in update.parameters]
+    state = {n: t.clone() for n, t in update.state().items()}
+    give_gradients(update, 1.0)
+    update.parameters[1].grad[0] = bad
+    assert not update(0)
+    for old, parameter in zip(before, update.parameters, strict=True):
+        assert torch.equal(old, parameter) and parameter.grad is None
+    assert all(torch.equal(state[n], t) for n, t in update.state().items())
+
+
+def test_published_repairs_and_goes_on() -> None:
+    parameter = nn.Parameter(torch.zeros(4))
+    parameter.grad = torch.tensor([math.nan, math.inf, -math.inf, 2.0])
+    assert repair_gradients([parameter], "published")
+    assert parameter.grad.tolist() == [0.0, 1e5, -1e5, 2.0]
+    update = updater(nonfinite="published")
+    give_gradients(update, math.nan)
+    assert update(0)
+    assert all(p.isfinite().all() for p in update.parameters)
+
+
+def test_learning_rate_follows_the_images() -> None:
+    update = updater(lr_factor=lambda nimg: 0.5 if nimg >= 100 else 1.0)
+    give_gradients(update, 1.0)
+    update(100)
+    torch.testing.assert_close(update.parameters[0].data, torch.full((2,), 0.95))
+
+
+def test_linear_decay() -> None:
+    factor = linear_decay(1000, 0.5)
+    assert [factor(n) for n in (0, 499, 500, 750, 1000, 1100)] == [1, 1, 1, 0.5, 0, 0]
+    assert linear_decay(1000, None)(999) == 1
+
+
+def test_state_makes_a_second_updater_continue_bitwise() -> None:
+    first, second = updater(), updater()
+    for value in (1.0, -2.0):
+        give_gradients(first, value)
+        first(0)
+    second.load_state(first.state())
+    for mine, theirs in zip(second.parameters, first.parameters, strict=True):
+        mine.data.copy_(theirs.data)
+    for update in (first, second):
+        give_gradients(update, 0.5)
+        update(0)
+    assert torch.equal(first.parameters[0], second.parameters[0])
+    assert all(torch.equal(t, second.state()[n]) for n, t in first.state().items())
+
+
+def test_state_of_other_parameters_is_refused() -> None:
+    with pytest.raises(UserError, match="names c, which does not train here"):
+        updater().load_state({"c/step": torch.zeros(())})
