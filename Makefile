@@ -11,6 +11,7 @@ help: ## print this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 22
 
 venv: .venv/.ready ## make the environment .venv (the others do it when it is missing)
+	@:
 
 demo: .venv/.ready ## fine-tune the embedded digits model: a table and a picture in minutes
 	@$(PYTHON) tools/demo.py

@@ -218,8 +218,9 @@ def extractor_and_reference(
 ) -> tuple[FeatureExtractor, Statistics]:
     """The feature network and the statistics of what generated images are compared with."""
     if isinstance(reference, str) and reference.endswith(".npz"):
+        path = cfg.existing(reference, "reference")
         features = load_extractor(extractor, device=device, weights=weights)
-        return features, load_reference(cfg.existing(reference, "reference"), features, batch)
+        return features, load_reference(path, features, batch)
     data = open_dataset(reference) if isinstance(reference, str) else reference
     images = data.images(np.arange(len(data))) if extractor.startswith("pca") else None
     features = load_extractor(extractor, device=device, weights=weights, data=images)

@@ -52,7 +52,7 @@ def hydra_command(name: str, schema: type, run: Callable[[Any], None]) -> NoRetu
         try:
             run(typed(config))
             distributed.shutdown()
-        except (UserError, Diverged, KeyboardInterrupt) as error:
+        except (UserError, Diverged, OmegaConfBaseException, KeyboardInterrupt) as error:
             ended_by.append(error)
 
     ended_by: list[BaseException] = []
@@ -68,7 +68,8 @@ def exit_status(error: BaseException) -> int:
     """Says in one line what ended a command; 1, or 3 for a diverged run."""
     if isinstance(error, KeyboardInterrupt):
         fail("interrupted, the same command resumes from the latest checkpoint")
-    print(f"error: {error}", file=sys.stderr)
+    message = cause(error) if isinstance(error, OmegaConfBaseException) else error
+    print(f"error: {message}", file=sys.stderr)
     return DIVERGED if isinstance(error, Diverged) else 1
 
 
@@ -132,4 +133,6 @@ def cause(error: BaseException) -> str:
     key = getattr(error, "full_key", None)
     if key and key not in message:
         message = f"{message}, key {key}"
+    if "not in struct" in message:
+        return f"{message}, +{key}=VALUE would add it"
     return f"{message}, --help lists the keys and their values"

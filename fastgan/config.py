@@ -81,8 +81,8 @@ class DataConfig:
 class InitConfig:
     path: str | None = MISSING
     """The pre-trained network (safetensors); null trains from random weights (a control)."""
-    network: dict[str, Any] = field(default_factory=dict)
-    """The architecture when path is null."""
+    network: Any = None
+    """The architecture when path is null: {model_type: ..., model_channels: ...}."""
 
 
 @dataclass
@@ -362,13 +362,17 @@ def check_run(config: RunConfig) -> None:
 
 def check_train(config: TrainConfig) -> None:
     """UserError for what no type refuses, before anything is built."""
-    check_run(config)
     require_positive(config, *_POSITIVE)
     if config.freeze.level not in range(4):
         raise UserError(f"freeze.level={config.freeze.level} is no level, 0, 1, 2 or 3 would be")
     if config.generator.mid_sigma is not None and config.generator.steps != 2:
         raise UserError(
             "generator.mid_sigma is the middle of two steps, generator.steps=2 needs it"
+        )
+    if config.init.path is None and not isinstance(config.init.network, dict):
+        raise UserError(
+            "init.path is null and init.network no architecture, a network file as init.path or "
+            "init.network={model_type: ..., model_channels: ...} would be right"
         )
     if config.loss.r1_interval < 0:
         raise UserError(f"loss.r1_interval={config.loss.r1_interval}, 0 (never) or more expected")
@@ -378,3 +382,4 @@ def check_train(config: TrainConfig) -> None:
             "discriminator.kind=diffusion reads a pre-trained network's encoder and init.path is "
             "null, discriminator.network=FILE would name one"
         )
+    check_run(config)

@@ -33,6 +33,11 @@ def evaluate(config: cfg.EvaluateConfig) -> None:
     out = Path(config.out)
     if out.exists():
         raise UserError(f"out={out} exists, a new name would be right")
+    seeds = cfg.seed_range(config.seeds)
+    if config.checkpoint is not None:
+        build.find_network(config.checkpoint)
+    else:
+        cfg.existing(str(config.images), "images")
     world = distributed.init(config.device.value)
     strict_float32()
     extractor, reference = build.extractor_and_reference(
@@ -43,14 +48,14 @@ def evaluate(config: cfg.EvaluateConfig) -> None:
         config.batch,
         progress=True,
     )
-    if config.save_reference is not None and distributed.is_main():
-        write_statistics(config.save_reference, reference)
     if config.checkpoint is not None:
-        generated, made_by = _of_network(config, extractor, world.device)
+        generated, made_by = _of_network(config, seeds, extractor, world.device)
     else:
         generated, made_by = _of_images(config, extractor), {"images": config.images}
     result = {**score(generated, reference, extractor), **made_by}
     if distributed.is_main():
+        if config.save_reference is not None:
+            write_statistics(config.save_reference, reference)
         text = json.dumps(result, indent=2)
         with replace_atomically(out) as file:
             file.write((text + "\n").encode())
@@ -58,12 +63,11 @@ def evaluate(config: cfg.EvaluateConfig) -> None:
 
 
 def _of_network(
-    config: cfg.EvaluateConfig, extractor: FeatureExtractor, device: torch.device
+    config: cfg.EvaluateConfig, seeds: list[int], extractor: FeatureExtractor, device: torch.device
 ) -> tuple[Statistics, dict[str, Any]]:
     assert config.checkpoint is not None
     network, file = build.saved_network(config.checkpoint, device)
     sample = build.sample_fn(network, config.sampler, device)
-    seeds = cfg.seed_range(config.seeds)
     statistics = generator_statistics(sample, seeds, extractor, config.batch, progress=True)
     sampler = {"kind": config.sampler.kind, "steps": config.sampler.steps}
     return statistics, {
@@ -73,8 +77,7 @@ def _of_network(
 
 
 def _of_images(config: cfg.EvaluateConfig, extractor: FeatureExtractor) -> Statistics:
-    assert config.images is not None
-    path = cfg.existing(config.images, "images")
+    path = Path(str(config.images))
     if path.suffix == ".npz":
         return npz_statistics(path, extractor, config.batch, progress=True)
     return dataset_statistics(open_dataset(path), extractor, config.batch, progress=True)

@@ -52,7 +52,8 @@ def test_pretrain_finetune_sample_evaluate(data: Path, tmp_path: Path) -> None:
         "device=cpu",
     )  # fmt: skip
     images = np.load(tmp_path / "s.npz")["arr_0"]
-    assert images.shape == (100, 32, 32, 3) and images.dtype == np.uint8 and images.std() > 10
+    assert images.shape == (100, 32, 32, 3) and images.dtype == np.uint8
+    assert len(np.unique(images, axis=0)) == 100  # every seed gives an image of its own
     run(
         "evaluate",
         f"checkpoint={tmp_path / 'gan'}",

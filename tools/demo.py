@@ -6,7 +6,7 @@ Settings were chosen on the digits' `val` split; the rows printed are of `test`,
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from fastgan import build
 from fastgan import config as cfg
 from fastgan.cli import compose, packaged_file
-from fastgan.data.digits import Digits
+from fastgan.data.digits import Digits, Split
 from fastgan.errors import ArgumentParser, run_command
 from fastgan.evaluation.digit_classifier import load_classifier
 from fastgan.evaluation.frechet import FeatureStatistics, frechet_distance
@@ -41,9 +41,9 @@ CPU = torch.device("cpu")
 class Measure:
     """Frechet distance to one split in two feature spaces, in % of the reference's variance."""
 
-    def __init__(self, split: str) -> None:
+    def __init__(self, split: Split) -> None:
         train_images = torch.from_numpy(Digits("train").all_images)
-        self.extractors = {
+        self.extractors: dict[str, Callable[[Tensor], Tensor]] = {
             "classifier": load_classifier(CLASSIFIER),
             "pca": PixelPca.fit(train_images, 32),
         }
@@ -102,7 +102,7 @@ def untuned_network() -> Precond:
     return build.generator(config, Digits("train")).network.eval()
 
 
-def demo(out: Path, split: str, seed: int, overrides: list[str]) -> dict[str, Any]:
+def demo(out: Path, split: Split, seed: int, overrides: list[str]) -> dict[str, Any]:
     """All stages; writes OUT/result.json and OUT/grid.png and returns the result."""
     seconds: dict[str, float] = {}
     with _timed(seconds, "fine-tune"):

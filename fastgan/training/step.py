@@ -226,6 +226,6 @@ class PlainStep:
 
 
 def _backward(loss: Tensor, parameters: list[nn.Parameter]) -> None:
-    # inputs= stops at these parameters: nothing is computed for the other network, nor (in R1,
-    # where it would quadruple the work) down to the image.
+    # inputs= stops at these parameters: nothing is computed for the other network, nor, in R1,
+    # down to the image.
     loss.backward(inputs=parameters)

@@ -1,8 +1,6 @@
 """Feature extractors: shapes, keys, weights that do not fit, results known from elsewhere."""
 
 import os
-import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ from sklearn.decomposition import PCA
 
 from fastgan.errors import UserError
 from fastgan.evaluation.cifar_resnet import CifarResNet
+from fastgan.evaluation.digit_classifier import DigitClassifier, save_classifier
 from fastgan.evaluation.extractors import load_extractor
 from fastgan.evaluation.inception import FILE_NAME
 from fastgan.evaluation.pca import PixelPca
@@ -237,19 +236,12 @@ def test_inception_file_is_checked_before_it_is_loaded(inception_folder: Path) -
         load_extractor("inception", device="cpu", weights=inception_folder / "other.png")
 
 
-def test_classifier_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Net(torch.nn.Module):
-        dim = 16
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return images.flatten(1)[:, :16].float()
-
-    stub = types.ModuleType("fastgan.evaluation.digit_classifier")
-    stub.load_classifier = lambda path: Net()  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, stub.__name__, stub)
-    (tmp_path / "c.safetensors").write_bytes(b"weights")
+def test_digit_classifier_features(tmp_path: Path) -> None:
+    network = DigitClassifier()
+    save_classifier(network, tmp_path / "c.safetensors")
     extractor = load_extractor(f"classifier:{tmp_path / 'c.safetensors'}", device="cpu")
-    assert extractor.dim == 16 and extractor.name == "classifier"
-    assert extractor(_images(3, channels=1, size=8)).shape == (3, 16)
+    assert extractor.dim == 32 and extractor.name == "classifier"
+    images = _images(3, channels=1, size=16)
+    torch.testing.assert_close(extractor(images), network(images))
     with pytest.raises(UserError, match="no such file"):
         load_extractor("classifier:absent.safetensors", device="cpu")

@@ -74,7 +74,7 @@ def test_state_makes_a_second_updater_continue_bitwise() -> None:
     for value in (1.0, -2.0):
         give_gradients(first, value)
         first(0)
-    second.load_state(first.state())
+    second.load_state({n: t.clone() for n, t in first.state().items()})
     for mine, theirs in zip(second.parameters, first.parameters, strict=True):
         mine.data.copy_(theirs.data)
     for update in (first, second):

@@ -1,0 +1,162 @@
+"""Checkpoints of a run: whole or absent, newest and best kept, damage told in one line."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from fastgan.checkpoint import store
+from fastgan.checkpoint.network_file import load_network_file, network_from_file
+from fastgan.checkpoint.store import (
+    Checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from fastgan.errors import UserError
+from tests.conftest import TINY, live_network
+
+AVERAGE = live_network(TINY).state_dict()
+
+
+def save(folder: Path, nimg: int, *, keep: int = 2, **metrics: float) -> Path:
+    training = {"generator/w": torch.full((3,), float(nimg)), "optimizer_g/w/step": torch.ones(())}
+    facts = Checkpoint(dict(TINY), AVERAGE, training, nimg, nimg // 4, metrics, {"license": "L"})
+    return save_checkpoint(folder, facts, keep=keep)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name.lstrip("0") for p in folder.iterdir())
+
+
+def test_round_trip_is_bitwise(tmp_path: Path) -> None:
+    path = save(tmp_path, 40, FD=1.5)
+    found = load_checkpoint(path)
+    assert (found.nimg, found.iteration, found.metrics) == (40, 10, {"FD": 1.5})
+    assert found.network_config == TINY
+    assert found.average.keys() == AVERAGE.keys()
+    assert all(torch.equal(found.average[n], t) for n, t in AVERAGE.items())
+    assert found.training["generator/w"].tolist() == [40.0] * 3
+    assert found.training["optimizer_g/w/step"].shape == ()
+
+
+def test_the_average_is_a_network_file(tmp_path: Path) -> None:
+    path = save(tmp_path, 40)
+    file = load_network_file(path / "ema.safetensors")
+    assert (file.metadata["kind"], file.nimg, file.metadata["license"]) == ("ema", 40, "L")
+    network = network_from_file(path / "ema.safetensors")
+    assert all(torch.equal(t, AVERAGE[n]) for n, t in network.state_dict().items())
+
+
+def test_latest(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path) is None
+    save(tmp_path, 40)
+    path = save(tmp_path, 80)
+    assert latest_checkpoint(tmp_path) == path and path.name == "0000000080"
+    assert (tmp_path / "latest").read_text() == "0000000080\n"
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, ["12"]), (2, ["12", "8"]), (0, ["12"])])
+def test_the_newest_are_kept(tmp_path: Path, keep: int, left: list[str]) -> None:
+    for nimg in (4, 8, 12):
+        save(tmp_path, nimg, keep=keep)
+    assert names(tmp_path) == [*left, "latest"]
+
+
+def test_the_best_is_kept_besides(tmp_path: Path) -> None:
+    for nimg, value in ((4, 3.0), (8, 1.0), (12, 2.0), (16, float("nan")), (20, 9.0)):
+        save(tmp_path, nimg, keep=1, FD=value)
+    assert names(tmp_path) == ["20", "8", "latest"]
+
+
+def test_a_checkpoint_just_written_is_never_dropped(tmp_path: Path) -> None:
+    """After going back to an older checkpoint by hand, newer names lie beside the new one."""
+    for nimg in (4, 8, 12, 16):
+        save(tmp_path, nimg, keep=4)
+    path = save(tmp_path, 6, keep=2)
+    assert latest_checkpoint(tmp_path) == path
+    assert names(tmp_path) == ["12", "16", "6", "latest"]
+
+
+def test_writing_again_replaces(tmp_path: Path) -> None:
+    save(tmp_path, 4, FD=1.0)
+    assert load_checkpoint(save(tmp_path, 4, FD=2.0)).metrics == {"FD": 2.0}
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")]
+)
+def test_a_full_disk_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    before = save(tmp_path, 4)
+
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(store, "save_file", full)
+    with pytest.raises(UserError, match=r"cannot write a checkpoint .*No space left"):
+        save(tmp_path, 8)
+    assert names(tmp_path) == ["4", "latest"] and latest_checkpoint(tmp_path) == before
+
+
+@pytest.mark.parametrize("survived", [0, 1, 2])
+def test_a_power_cut_before_the_pointer_moves_is_harmless(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, survived: int
+) -> None:
+    before = save(tmp_path, 4)
+    moves: list[str] = []
+    replace = os.replace
+
+    def cut(source: os.PathLike[str], target: os.PathLike[str]) -> None:
+        if len(moves) == survived:
+            raise KeyboardInterrupt
+        moves.append(Path(target).name)
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", cut)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 8)
+    assert moves == ["ema.safetensors", "0000000008"][:survived]
+    assert latest_checkpoint(tmp_path) == before and load_checkpoint(before).nimg == 4
+    # The half-written folder is in nobody's way.
+    assert load_checkpoint(save(tmp_path, 8)).nimg == 8
+    assert names(tmp_path) == ["4", "8", "latest"]
+
+
+@pytest.mark.parametrize("text", ["", "../0000000004", "9", "/", "\xff\xfe", "0000000004 x"])
+def test_a_pointer_to_nowhere(tmp_path: Path, text: str) -> None:
+    save(tmp_path, 4)
+    (tmp_path / "latest").write_bytes(text.encode("latin1"))
+    with pytest.raises(UserError, match=r"latest names no checkpoint beside it"):
+        latest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["ema.safetensors", "training.safetensors", "meta.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "junk"])
+def test_damage_is_told_in_one_line(tmp_path: Path, file: str, damage: str) -> None:
+    path = save(tmp_path, 4)
+    content = (path / file).read_bytes()
+    if damage == "missing":
+        (path / file).unlink()
+    else:
+        (path / file).write_bytes(content[:-9] if damage == "truncated" else b"[1, 2]")
+    with pytest.raises(UserError) as caught:
+        load_checkpoint(path)
+    assert "\n" not in str(caught.value) and "0000000004" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "facts", [{}, {"nimg": "x", "iteration": 1, "metrics": {}}, [], {"nimg": 1}]
+)
+def test_wrong_facts(tmp_path: Path, facts: object) -> None:
+    path = save(tmp_path, 4)
+    (path / "meta.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match="damaged checkpoint"):
+        load_checkpoint(path)
+    # A neighbour whose facts are damaged does not stop the next checkpoint.
+    save(tmp_path, 8)

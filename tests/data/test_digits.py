@@ -1,0 +1,82 @@
+"""The embedded digits: what they hold, and that nobody's new version changes it unnoticed."""
+
+import hashlib
+from typing import Literal, get_args
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from fastgan.data import open_dataset
+from fastgan.data.digits import Digits, Split
+
+SIZES = {"train": 997, "val": 400, "test": 400}
+# sha256 of the bytes of images and labels; another Pillow or scikit-learn must not move them.
+CONTENT = {
+    "train": (
+        "ac377e1042a134b4b09510d7e5953785b02914e924015f7c62cd5bbd512a6f3d",
+        "4a480c5ed25e01939c2e3f75646e3a1e5cac63dd9b83978fa8588c17e681bad5",
+    ),
+    "val": (
+        "f68d5afa3de12d9538fee3e51c1e071ce576ea14c967a87e01daa8751adc64e2",
+        "7ea8c74af90c24aef872143559114027b56aa5a8b53678423013e63539d8c931",
+    ),
+    "test": (
+        "e76b377ace5b50026a18ce839657ba6244dc9c08fcc5a4dec8e5ac7d26e40032",
+        "f40bf5cb71185658cb92beb9b8bc23be7355e06609e4998e2abcd3c75e5e0e54",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def splits() -> dict[str, Digits]:
+    return {split: Digits(split) for split in get_args(Split)}
+
+
+def labels(digits: Digits) -> np.ndarray:
+    assert digits.labels is not None
+    return digits.labels
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_content(splits: dict[str, Digits], split: Literal["train", "val", "test"]) -> None:
+    digits = splits[split]
+    assert digits.all_images.shape == (SIZES[split], 1, 16, 16) and len(digits) == SIZES[split]
+    assert digits.all_images.dtype == np.uint8 and labels(digits).dtype == np.int64
+    parts = digits.all_images, labels(digits)
+    found = tuple(hashlib.sha256(part.tobytes()).hexdigest() for part in parts)
+    assert found == CONTENT[split]
+
+
+def test_the_splits_share_no_image_and_leave_none_out(splits: dict[str, Digits]) -> None:
+    source = load_digits()
+    assert len(source.images) == sum(SIZES.values())
+    pixels = np.concatenate([s.all_images for s in splits.values()]).reshape(1797, -1)
+    classes = np.concatenate([labels(s) for s in splits.values()])
+    # No two of scikit-learn's digits are the same picture, so that a picture names an image.
+    assert len(np.unique(pixels, axis=0)) == len(np.unique(source.data, axis=0)) == 1797
+    assert np.bincount(classes).tolist() == np.bincount(source.target).tolist()
+
+
+def test_classes_are_balanced(splits: dict[str, Digits]) -> None:
+    whole = np.bincount(load_digits().target) / 1797
+    for digits in splits.values():
+        assert np.abs(np.bincount(labels(digits)) / len(digits) - whole).max() < 0.005
+
+
+def test_an_image_is_its_source_enlarged(splits: dict[str, Digits]) -> None:
+    source = load_digits()
+    shrunk = splits["val"].all_images.reshape(400, 8, 2, 8, 2).mean((2, 4)).reshape(400, -1)
+    distances = ((shrunk[:, None] / 255 - source.data[None] / 16) ** 2).mean(-1)
+    nearest = distances.argmin(1)
+    assert (source.target[nearest] == labels(splits["val"])).all()
+    assert len(set(nearest)) == 400 and distances.min(1).max() < 0.01
+
+
+def test_the_names_open_them() -> None:
+    for name, split in (("digits", "train"), ("digits/val", "val"), ("digits/test", "test")):
+        dataset = open_dataset(name)
+        assert (len(dataset), dataset.label_dim, dataset.resolution) == (SIZES[split], 10, 16)
+        assert dataset.name == f"digits/{split}"
+        assert np.array_equal(dataset.images(np.array([3, 0])), Digits(split).all_images[[3, 0]])
+    assert open_dataset("digits/val").provenance()["n"] == 400
