@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgan import checks
 from fastgan import config as cfg
 from fastgan.checkpoint.network_file import (
     NetworkFile,
@@ -62,7 +63,7 @@ def generator(config: cfg.TrainConfig, data: ImageDataset) -> Model:
     if path is None:
         architecture = {**_image_shape(data), **config.init.network}
     else:
-        source = load_network_file(cfg.existing(path, "init.path"))
+        source = load_network_file(checks.existing(path, "init.path"))
         require_fit(source.config, source.state, path)
         architecture = dict(source.config)
     architecture |= {"precond": "D2OPrecond", "dropout": 0.0}
@@ -100,7 +101,7 @@ def discriminator(config: cfg.TrainConfig, network: Precond, data: ImageDataset)
     if d.kind is cfg.DiscriminatorKind.diffusion:
         encoder = network
         if d.network is not None:
-            file = cfg.existing(d.network, "discriminator.network")
+            file = checks.existing(d.network, "discriminator.network")
             encoder = network_from_file(file)
             check_fit(load_network_file(file).config, data, d.network)
         return DiffusionDiscriminator(
@@ -114,7 +115,7 @@ def discriminator(config: cfg.TrainConfig, network: Precond, data: ImageDataset)
         )
     embedding = None
     if d.class_embedding is not None and network.label_dim:
-        path = cfg.existing(d.class_embedding, "discriminator.class_embedding")
+        path = checks.existing(d.class_embedding, "discriminator.class_embedding")
         embedding = load_class_embedding(path, network.label_dim)
     # Entries without a file stay behind where other backbones are chosen than a recipe's.
     unused = sorted(n for n, file in d.weights.items() if file is not None and n not in d.backbones)
@@ -160,7 +161,7 @@ def sample_fn(
     one_class: int | None = None,
 ) -> SampleFn:
     """seeds -> uint8 images [n, C, H, W] as the papers evaluate: float32 UNet, float64 state."""
-    assert sampler.kind in cfg.SAMPLERS, sampler.kind
+    assert sampler.kind in checks.SAMPLERS, sampler.kind
     channels, size = network_shape(network)
 
     @torch.no_grad()
@@ -187,7 +188,7 @@ def network_shape(network: Precond) -> tuple[int, int]:
 
 def find_network(path: str) -> Path:
     """A network file for `path`: itself, or the latest averaged network of a run directory."""
-    found = cfg.existing(path, "checkpoint")
+    found = checks.existing(path, "checkpoint")
     if found.is_file():
         return found
     for folder in (found, found / "checkpoints"):
@@ -218,7 +219,7 @@ def extractor_and_reference(
 ) -> tuple[FeatureExtractor, Statistics]:
     """The feature network and the statistics of what generated images are compared with."""
     if isinstance(reference, str) and reference.endswith(".npz"):
-        path = cfg.existing(reference, "reference")
+        path = checks.existing(reference, "reference")
         features = load_extractor(extractor, device=device, weights=weights)
         return features, load_reference(path, features, batch)
     data = open_dataset(reference) if isinstance(reference, str) else reference

@@ -48,20 +48,19 @@ def hydra_command(name: str, schema: type, run: Callable[[Any], None]) -> NoRetu
 
     @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)
     def command(config: DictConfig) -> None:
-        # Caught here and told below: Hydra would print the overrides above a passing exception.
         try:
             run(typed(config))
             distributed.shutdown()
         except (UserError, Diverged, OmegaConfBaseException, KeyboardInterrupt) as error:
-            ended_by.append(error)
+            # SystemExit passes through Hydra, which prints the overrides above anything else.
+            raise SystemExit(exit_status(error)) from None
 
-    ended_by: list[BaseException] = []
     try:
         _check_flags()
         command()
     except (HydraException, OmegaConfBaseException) as error:
         fail(cause(error))
-    raise SystemExit(exit_status(ended_by[0]) if ended_by else 0)
+    raise SystemExit(0)
 
 
 def exit_status(error: BaseException) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastgan import build, distributed
+from fastgan import build, checks, distributed
 from fastgan import config as cfg
 from fastgan.cli import hydra_command
 from fastgan.data import open_dataset
@@ -26,18 +26,18 @@ from fastgan.precision import strict_float32
 
 def evaluate(config: cfg.EvaluateConfig) -> None:
     """Frechet distance of a network's (or finished) images to a reference, as one JSON file."""
-    cfg.require_positive(config, "batch")
-    cfg.check_sampler(config, "sampler")
+    checks.require_positive(config, "batch")
+    checks.check_sampler(config, "sampler")
     if (config.checkpoint is None) == (config.images is None):
         raise UserError("one of checkpoint=... and images=... expected, not both and not neither")
     out = Path(config.out)
     if out.exists():
         raise UserError(f"out={out} exists, a new name would be right")
-    seeds = cfg.seed_range(config.seeds)
+    seeds = checks.seed_range(config.seeds)
     if config.checkpoint is not None:
         build.find_network(config.checkpoint)
     else:
-        cfg.existing(str(config.images), "images")
+        checks.existing(str(config.images), "images")
     world = distributed.init(config.device.value)
     strict_float32()
     extractor, reference = build.extractor_and_reference(

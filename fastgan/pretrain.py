@@ -2,7 +2,7 @@
 
 import torch
 
-from fastgan import build, distributed
+from fastgan import build, checks, distributed
 from fastgan import config as cfg
 from fastgan.cli import hydra_command
 from fastgan.distributed import World
@@ -16,7 +16,7 @@ from fastgan.training.loop import run_loop
 
 def pretrain(config: cfg.PretrainConfig) -> None:
     """Trains a denoiser with EDM's loss, into a run directory."""
-    cfg.check_run(config)
+    checks.check_run(config)
     world = distributed.init(config.device.value)
     strict_float32()
     settings, plan = edm_settings(config, world), schedule(config)
@@ -53,18 +53,18 @@ def pretrain(config: cfg.PretrainConfig) -> None:
 
 def edm_settings(config: cfg.PretrainConfig, world: World) -> EdmSettings:
     """The step's settings out of the configuration's groups."""
-    total = cfg.images(config.total_images, "total_images")
-    warmup = cfg.images(config.optim.warmup, "optim.warmup")
+    total = checks.images(config.total_images, "total_images")
+    warmup = checks.images(config.optim.warmup, "optim.warmup")
     return EdmSettings(
         seed=config.seed,
         batch=config.batch,
-        batch_gpu=cfg.local_batches(config, world.size),
+        batch_gpu=checks.local_batches(config, world.size),
         lr=config.optim.lr,
         beta2=config.optim.beta2,
         lr_factor=warmup_then_cosine(warmup, total, cosine=config.optim.cosine),
         noise_mean=config.noise.mean,
         noise_std=config.noise.std,
-        ema_half_life=cfg.images(config.ema.half_life, "ema.half_life"),
+        ema_half_life=checks.images(config.ema.half_life, "ema.half_life"),
         ema_ramp=config.ema.ramp,
     )
 

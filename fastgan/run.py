@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastgan import build, distributed
+from fastgan import build, checks, distributed
 from fastgan import config as cfg
 from fastgan.data import ImageDataset
 from fastgan.distributed import World
@@ -22,9 +22,9 @@ def schedule(config: cfg.RunConfig) -> Schedule:
     """The loop's schedule in images; UserError naming a key that is no number of images."""
     return Schedule(
         batch=config.batch,
-        total_images=cfg.images(config.total_images, "total_images", least=1),
-        tick=cfg.images(config.tick, "tick", least=1),
-        snapshot=cfg.images(config.snapshot, "snapshot", least=1),
+        total_images=checks.images(config.total_images, "total_images", least=1),
+        tick=checks.images(config.tick, "tick", least=1),
+        snapshot=checks.images(config.snapshot, "snapshot", least=1),
         keep=config.keep,
     )
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgan import build, distributed
+from fastgan import build, checks, distributed
 from fastgan import config as cfg
 from fastgan.cli import hydra_command
 from fastgan.errors import UserError
@@ -22,17 +22,17 @@ from fastgan.precision import strict_float32
 
 def sample(config: cfg.SampleConfig) -> None:
     """Writes the images of the seeds as an .npz, a grid (.png) or a folder of PNG files."""
-    cfg.require_positive(config, "batch")
-    cfg.check_sampler(config, "sampler")
+    checks.require_positive(config, "batch")
+    checks.check_sampler(config, "sampler")
     world = distributed.init(config.device.value)
     if world.size > 1:
         raise UserError("fastgan.sample runs as one process, without torchrun would be right")
     strict_float32()
-    out, seeds = Path(config.out), cfg.seed_range(config.seeds)
+    out, seeds = Path(config.out), checks.seed_range(config.seeds)
     if out.exists():
         raise UserError(f"out={out} exists, a new name would be right")
     network, file = build.saved_network(config.checkpoint, world.device)
-    one_class = cfg.class_index(config.classes, network.label_dim)
+    one_class = checks.class_index(config.classes, network.label_dim)
     draw = build.sample_fn(network, config.sampler, world.device, one_class=one_class)
     images = (draw(part) for part in _batches(seeds, config.batch))
     if out.suffix == ".npz":

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastgan import build, distributed
+from fastgan import build, checks, distributed
 from fastgan import config as cfg
 from fastgan.cli import hydra_command
 from fastgan.distributed import World
@@ -18,7 +18,7 @@ from fastgan.training.step import PlainStep, StepSettings
 
 def train(config: cfg.TrainConfig) -> None:
     """Fine-tunes the network of `init.path` against a discriminator, into a run directory."""
-    cfg.check_train(config)
+    checks.check_train(config)
     world = distributed.init(config.device.value)
     strict_float32()
     settings, plan = step_settings(config, world), schedule(config)
@@ -63,8 +63,8 @@ def step_settings(config: cfg.TrainConfig, world: World) -> StepSettings:
     return StepSettings(
         seed=config.seed,
         batch=config.batch,
-        batch_gpu=cfg.local_batches(config, world.size),
-        total_images=cfg.images(config.total_images, "total_images"),
+        batch_gpu=checks.local_batches(config, world.size),
+        total_images=checks.images(config.total_images, "total_images"),
         lr_g=config.optim.lr_g,
         lr_d=config.optim.lr_d,
         decay_from=config.optim.decay_from,
@@ -73,7 +73,7 @@ def step_settings(config: cfg.TrainConfig, world: World) -> StepSettings:
         r1_gamma=config.loss.r1_gamma,
         r1_interval=config.loss.r1_interval,
         published_batch_gpu=config.loss.published_batch_gpu,
-        ema_half_life=cfg.images(config.ema.half_life, "ema.half_life"),
+        ema_half_life=checks.images(config.ema.half_life, "ema.half_life"),
         ema_ramp=config.ema.ramp,
         share_fakes=config.share_fakes,
         nonfinite=config.nonfinite.value,

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastgan import checks, run
 from fastgan import config as cfg
-from fastgan import run
 from fastgan.checkpoint.network_file import load_network_file
 from fastgan.cli import compose, config_folder
 from fastgan.errors import UserError
@@ -91,19 +91,19 @@ WRONG = {
 
 @given(st.integers(0, 10**10))
 def test_plain_numbers_of_images(n: int) -> None:
-    assert cfg.images(n, "k") == cfg.images(str(n), "k") == n
-    assert cfg.images(f"{n}k", "k") == 1000 * n and cfg.images(f"{n} M", "k") == 10**6 * n
+    assert checks.images(n, "k") == checks.images(str(n), "k") == n
+    assert checks.images(f"{n}k", "k") == 1000 * n and checks.images(f"{n} M", "k") == 10**6 * n
 
 
 @given(st.integers(0, 10**5), st.integers(0, 10**6 - 1))
 def test_fractions_of_a_million_are_exact(whole: int, fraction: int) -> None:
-    assert cfg.images(f"{whole}.{fraction:06d}M", "k") == whole * 10**6 + fraction
+    assert checks.images(f"{whole}.{fraction:06d}M", "k") == whole * 10**6 + fraction
 
 
 @given(st.text(max_size=8))
 def test_any_text_is_a_number_of_images_or_refused_by_its_key(text: str) -> None:
     try:
-        assert cfg.images(text, "tick") >= 0
+        assert checks.images(text, "tick") >= 0
     except UserError as error:
         assert "tick=" in str(error) and "\n" not in str(error)
 
@@ -111,19 +111,19 @@ def test_any_text_is_a_number_of_images_or_refused_by_its_key(text: str) -> None
 @pytest.mark.parametrize("value", ["5X", "1.5", "-3", "", None, "1.2345k", "k", "1e6", True])
 def test_no_number_of_images(value: object) -> None:
     with pytest.raises(UserError, match="total_images="):
-        cfg.images(value, "total_images")
+        checks.images(value, "total_images")
 
 
 def test_the_least_number_of_images() -> None:
-    assert cfg.images(1, "tick", least=1) == 1
+    assert checks.images(1, "tick", least=1) == 1
     with pytest.raises(UserError, match="tick=0, a whole number of at least 1"):
-        cfg.images(0, "tick", least=1)
+        checks.images(0, "tick", least=1)
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**9), st.integers(0, 30)), min_size=1, max_size=4))
 def test_seed_ranges(ranges: list[tuple[int, int]]) -> None:
     text = ",".join(f"{a}-{a + n}" if n else str(a) for a, n in ranges)
-    assert cfg.seed_range(text) == [s for a, n in ranges for s in range(a, a + n + 1)]
+    assert checks.seed_range(text) == [s for a, n in ranges for s in range(a, a + n + 1)]
 
 
 @pytest.mark.parametrize(
@@ -131,14 +131,14 @@ def test_seed_ranges(ranges: list[tuple[int, int]]) -> None:
 )
 def test_no_seeds(text: str) -> None:
     with pytest.raises(UserError, match="seeds="):
-        cfg.seed_range(text)
+        checks.seed_range(text)
 
 
 def test_classes() -> None:
-    assert cfg.class_index(None, 0) is None and cfg.class_index(0, 3) == 0
+    assert checks.class_index(None, 0) is None and checks.class_index(0, 3) == 0
     for value in (3, -1, "1", 1.0, True):
         with pytest.raises(UserError, match="classes="):
-            cfg.class_index(value, 3)
+            checks.class_index(value, 3)
 
 
 @given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 64))
@@ -146,11 +146,11 @@ def test_batches_split_evenly_or_are_refused(batch: int, world: int, batch_gpu: 
     config = cfg.RunConfig(batch=batch, batch_gpu=batch_gpu)
     fits = batch % world == 0 and (batch // world) % batch_gpu == 0
     if fits:
-        assert cfg.local_batches(config, world) == batch_gpu
-        assert cfg.local_batches(cfg.RunConfig(batch=batch), world) == batch // world
+        assert checks.local_batches(config, world) == batch_gpu
+        assert checks.local_batches(cfg.RunConfig(batch=batch), world) == batch // world
     else:
         with pytest.raises(UserError, match=r"^batch"):
-            cfg.local_batches(config, world)
+            checks.local_batches(config, world)
 
 
 def test_all_experiments_are_there() -> None:
@@ -182,7 +182,7 @@ def test_published_recipes(name: str) -> None:
 @pytest.mark.parametrize("name", PRETRAIN)
 def test_pretraining_experiments_compose(name: str) -> None:
     config = compose("pretrain", cfg.PretrainConfig, [f"experiment={name}", "data.path=digits"])
-    cfg.check_run(config)
+    checks.check_run(config)
     assert config.experiment_name == name and config.eval.sampler.kind == "heun"
 
 
