@@ -2,8 +2,6 @@
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
 PYTHONS := python3 python3.13 python3.12 python3.11
-# Waiting threads that spin slow each other down many times over once the cores are shared.
-export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: help venv demo demo-study pretrain-demo test test-slow lint types clean
 
