@@ -1,9 +1,14 @@
 """Small networks and worlds that many tests share."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+# Before the kernels are imported: without a GPU they run in Triton's interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from fastgan.distributed import World
 from fastgan.models import Precond, network_from_config

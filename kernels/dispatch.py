@@ -1,0 +1,174 @@
+"""Which implementation of an op runs: a Triton kernel, a library's, or the plain definition.
+
+Chosen by (op, device, architecture, dtype). `use` (the configuration's `kernels=`) and the
+environment variable FASTGAN_KERNELS, which wins, override the choice: one implementation for all
+ops that have it (`library`), or one per op (`group_norm_silu=apex,attention=xformers`).
+`python -m kernels` prints the table with the reasons.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from kernels import runtime
+
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
+    "group_norm_silu": ("triton", "library", "apex", "reference"),
+    "frozen_conv2d": ("library", "reference"),
+    "frozen_unet_block": ("triton", "library", "reference"),
+    "attention": ("library", "xformers", "reference"),
+    "resample2x": ("triton", "library", "reference"),
+    "resize_normalize": ("triton", "library", "reference"),
+}
+GENERAL = ("triton", "library", "reference")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Every kernel is compiled for these ahead of time; on others nothing was ever tried.
+KNOWN_ARCHITECTURES = ((8, 0), (9, 0))
+VARIABLE = "FASTGAN_KERNELS"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An implementation's name and why it was taken."""
+
+    implementation: str
+    reason: str
+
+
+_configured = "auto"
+_twice = 0
+
+
+def use(setting: str) -> None:
+    """Sets the implementation for this process; ValueError naming what `setting` gets wrong."""
+    global _configured
+    _parse(setting, "kernels")
+    _configured = setting
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Inside, every op takes its plain definition, which autograd can differentiate twice (R1)."""
+    global _twice
+    _twice += 1
+    try:
+        yield
+    finally:
+        _twice -= 1
+
+
+@torch.compiler.assume_constant_result
+def implementation(op: str, device_type: str, dtype: torch.dtype) -> str:
+    """The name of the implementation for tensors of `dtype` on a device of this type.
+
+    torch.compile takes it for a constant of the graph, as it is for a process that has started.
+    """
+    return choose(op, device_type, dtype).implementation
+
+
+def choose(op: str, device_type: str, dtype: torch.dtype) -> Choice:
+    """The implementation of `op` and the reason; ValueError where a forced one cannot run."""
+    if _twice:
+        return Choice("reference", "R1 differentiates twice")
+    forced, origin = _forced(op)
+    if forced == "auto":
+        return _automatic(op, device_type, dtype)
+    obstacle = _obstacle(forced, device_type, dtype)
+    if obstacle:
+        raise ValueError(
+            f"{op} cannot run as {forced} ({obstacle}), as {origin} asks, "
+            f"{_automatic(op, device_type, dtype).implementation} or auto would"
+        )
+    return Choice(forced, f"asked for by {origin}")
+
+
+def _automatic(op: str, device_type: str, dtype: torch.dtype) -> Choice:
+    if device_type == "cpu":
+        return Choice("reference", "CPU tensors")
+    if dtype not in FLOATS:
+        return Choice("reference", f"{_name(dtype)} is for checking")
+    best = IMPLEMENTATIONS[op][0]
+    obstacle = _obstacle(best, device_type, dtype)
+    if obstacle:
+        _say_once(f"{op} runs as library: {obstacle}")
+        return Choice("library", obstacle)
+    return Choice(best, "first of those that can run here")
+
+
+def _obstacle(implementation: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why `implementation` cannot run, or None."""
+    if implementation == "reference":
+        return None
+    if implementation in ("apex", "xformers"):
+        from kernels import optional
+
+        return optional.obstacle(implementation, device_type)
+    if implementation != "triton":
+        return None
+    if not runtime.HAS_TRITON:
+        return "triton is not installed"
+    if dtype not in FLOATS:
+        return f"no kernel for {_name(dtype)}, float32, bfloat16 or float16 would do"
+    if device_type == "cpu":
+        return None if runtime.INTERPRETED else "CPU tensors need TRITON_INTERPRET=1"
+    if runtime.INTERPRETED:
+        return "TRITON_INTERPRET=1 is set"
+    return unknown_architecture(device_type)
+
+
+@cache
+def unknown_architecture(device_type: str) -> str | None:
+    """Why this GPU is not one that the kernels were made for, or None."""
+    if device_type != "cuda" or torch.version.hip:
+        return "the kernels were never tried on this kind of GPU"
+    capability = torch.cuda.get_device_capability()
+    if capability in KNOWN_ARCHITECTURES:
+        return None
+    return f"the kernels were never tried on sm_{capability[0]}{capability[1]}"
+
+
+def _forced(op: str) -> tuple[str, str]:
+    """What is asked for this op (`auto` if nothing) and who asks."""
+    variable = os.environ.get(VARIABLE)
+    setting, origin = (variable, VARIABLE) if variable else (_configured, "kernels")
+    per_op = _parse(setting, origin)
+    wanted = per_op.get(op, per_op["*"])
+    if wanted == "triton" and "triton" not in IMPLEMENTATIONS[op]:
+        return "library", f"{origin}={setting}"
+    return wanted, f"{origin}={setting}"
+
+
+def _parse(setting: str, origin: str) -> dict[str, str]:
+    """`library` or `op=implementation,...` as {op: implementation}, `*` for the other ops."""
+    parsed = {"*": "auto"}
+    for entry in setting.split(","):
+        op, separator, wanted = entry.strip().rpartition("=")
+        allowed = IMPLEMENTATIONS.get(op, ()) if separator else GENERAL
+        if separator and not allowed:
+            raise ValueError(
+                f"no op {op!r}, in {origin}={setting}, one of {_list(IMPLEMENTATIONS)}"
+            )
+        if wanted not in (*allowed, "auto"):
+            raise ValueError(
+                f"no {entry.strip()!r}, in {origin}={setting}, one of {_list(allowed)}"
+            )
+        parsed[op if separator else "*"] = wanted
+    return parsed
+
+
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+def _list(names: object) -> str:
+    return ", ".join(names)  # type: ignore[call-overload]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

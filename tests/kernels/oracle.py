@@ -1,0 +1,52 @@
+"""The yardstick of the kernel tests: as accurate as plain PyTorch in the same dtype.
+
+An op passes when its error against float64 is at most twice that of the same mathematics written
+in plain PyTorch in the op's own dtype, plus one rounding of the result (a plain computation can be
+exact by luck, ours must still be allowed to round once).
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton's interpreter gets bfloat16 wrong: it is tested where there is a GPU.
+DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
+
+
+def assert_as_accurate(
+    ours: Mapping[str, Tensor], plain: Mapping[str, Tensor], exact: Mapping[str, Tensor]
+) -> None:
+    """Compares every result by its largest and its root-mean-square error."""
+    assert ours.keys() == plain.keys() == exact.keys()
+    for name, result in ours.items():
+        truth = exact[name].double()
+        assert result.shape == truth.shape, (name, result.shape, truth.shape)
+        assert result.isfinite().all(), f"{name} is not finite"
+        # One rounding: half a unit in the last place, relative to the value rounded.
+        rounding = torch.finfo(result.dtype).eps / 2
+        for norm in (_largest, _root_mean_square):
+            error, allowed = norm(result - truth), 2 * norm(plain[name] - truth)
+            allowed += rounding * norm(truth)
+            assert error <= allowed, f"{name}: {norm.__name__} error {error:.3g} > {allowed:.3g}"
+
+
+def gradients(outputs: Sequence[Tensor], inputs: Mapping[str, Tensor], seed: int = 7) -> dict:
+    """The gradients of a random linear function of `outputs` for every input, by name."""
+    generator = torch.Generator().manual_seed(seed)
+    loss = torch.zeros((), dtype=torch.float64, device=outputs[0].device)
+    for y in outputs:
+        probe = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device)
+        # The probe is rounded to the output's dtype by autograd: round it for all dtypes alike.
+        loss = loss + (y.double() * probe.half().double()).sum()
+    found = torch.autograd.grad(loss, list(inputs.values()))
+    return {f"grad {name}": g for name, g in zip(inputs, found, strict=True)}
+
+
+def _largest(error: Tensor) -> float:
+    return float(error.detach().double().abs().max()) if error.numel() else 0.0
+
+
+def _root_mean_square(error: Tensor) -> float:
+    return float(error.detach().double().square().mean().sqrt()) if error.numel() else 0.0
