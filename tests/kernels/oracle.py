@@ -1,8 +1,9 @@
 """The yardstick of the kernel tests: as accurate as plain PyTorch in the same dtype.
 
 An op passes when its error against float64 is at most twice that of the same mathematics written
-in plain PyTorch in the op's own dtype, plus one rounding of the result (a plain computation can be
-exact by luck, ours must still be allowed to round once).
+in plain PyTorch in the op's own dtype, plus a floor: one rounding of the result and four of float32
+on the way there, relative to the largest value (a plain computation can be exact by luck; rstd, the
+sigmoid, a product and a sum are each rounded in any order of evaluation).
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,8 +25,7 @@ def assert_as_accurate(
         truth = exact[name].double()
         assert result.shape == truth.shape, (name, result.shape, truth.shape)
         assert result.isfinite().all(), f"{name} is not finite"
-        # One rounding: half a unit in the last place, relative to the value rounded.
-        rounding = torch.finfo(result.dtype).eps / 2
+        rounding = torch.finfo(result.dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
         for norm in (_largest, _root_mean_square):
             error, allowed = norm(result - truth), 2 * norm(plain[name] - truth)
             allowed += rounding * norm(truth)
