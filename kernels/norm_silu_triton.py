@@ -29,8 +29,10 @@ def _slab(pixels, channels, SLAB: tl.constexpr, SLAB_PAD: tl.constexpr):
 def _per_channel(ptr, offs, mask, default, SLAB_PAD: tl.constexpr):
     """[SLAB_PAD] float32 parameters, or `default` where the op has none."""
     if ptr is None:
-        return tl.full((SLAB_PAD,), default, tl.float32)
-    return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        value = tl.full((SLAB_PAD,), default, tl.float32)
+    else:
+        value = tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -60,11 +62,12 @@ def _group_totals(v, GROUP: tl.constexpr, SLAB: tl.constexpr, SLAB_PAD: tl.const
     group = tl.arange(0, SLAB_PAD) // GROUP
     if SLAB_PAD <= 128:
         same = group[:, None] == group[None, :]
-        return tl.sum(tl.where(same, v[None, :], 0.0), axis=1)
-    totals = tl.zeros((SLAB_PAD,), tl.float32)
-    for g in tl.static_range(SLAB // GROUP):
-        inside = group == g
-        totals = tl.where(inside, tl.sum(tl.where(inside, v, 0.0), axis=0), totals)
+        totals = tl.sum(tl.where(same, v[None, :], 0.0), axis=1)
+    else:
+        totals = tl.zeros((SLAB_PAD,), tl.float32)
+        for g in tl.static_range(SLAB // GROUP):
+            inside = group == g
+            totals = tl.where(inside, tl.sum(tl.where(inside, v, 0.0), axis=0), totals)
     return totals
 
 
@@ -73,27 +76,32 @@ def _moments(
     x_ptr, before, offs_s, mask_c, pixels, channels,
     BLOCK: tl.constexpr, SLAB_PAD: tl.constexpr, STOP: tl.constexpr,
 ):  # fmt: skip
-    """Each channel's mean and sum of squared deviations, and the last tile of u.
-
-    Welford's recurrence at each position of the tile, merged at the end (Chan et al. 1983); for a
-    single tile that is the mean first and the deviations from it second.
-    """
-    u = tl.zeros((BLOCK, SLAB_PAD), tl.float32)
-    mean = tl.zeros((BLOCK, SLAB_PAD), tl.float32)
-    squares = tl.zeros((BLOCK, SLAB_PAD), tl.float32)
-    seen = 0.0
-    for start in range(0, pixels if STOP is None else STOP, BLOCK):
-        offs, mask = _place(start, offs_s, mask_c, pixels, channels, BLOCK)
+    """Each channel's mean and sum of squared deviations, and the last tile of u."""
+    if STOP is not None:
+        offs, mask = _place(0, offs_s, mask_c, pixels, channels, BLOCK)
         u = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + before[None, :]
-        seen += 1.0
-        deviation = tl.where(mask, u - mean, 0.0)
-        mean += deviation / seen
-        squares += deviation * tl.where(mask, u - mean, 0.0)
-    # The last tile may be partial: its positions beyond the image have seen one pixel less.
-    count = ((pixels - tl.arange(0, BLOCK) + BLOCK - 1) // BLOCK).to(tl.float32)[:, None]
-    total = tl.sum(mean * count, axis=0) / pixels
-    away = mean - total[None, :]
-    return u, total, tl.sum(squares + away * away * count, axis=0)
+        total = tl.sum(tl.where(mask, u, 0.0), axis=0) / pixels
+        away = tl.where(mask, u - total[None, :], 0.0)
+        squares = tl.sum(away * away, axis=0)
+    else:
+        # Welford's recurrence at each position of the tile, merged at the end (Chan et al. 1983).
+        u = tl.zeros((BLOCK, SLAB_PAD), tl.float32)
+        means = tl.zeros((BLOCK, SLAB_PAD), tl.float32)
+        deviations = tl.zeros((BLOCK, SLAB_PAD), tl.float32)
+        seen = 0.0
+        for start in range(0, pixels, BLOCK):
+            offs, mask = _place(start, offs_s, mask_c, pixels, channels, BLOCK)
+            u = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + before[None, :]
+            seen += 1.0
+            step = tl.where(mask, u - means, 0.0)
+            means += step / seen
+            deviations += step * (u - means)
+        # The last tile may be partial: its positions beyond the image have seen one pixel less.
+        count = ((pixels - tl.arange(0, BLOCK) + BLOCK - 1) // BLOCK).to(tl.float32)[:, None]
+        total = tl.sum(means * count, axis=0) / pixels
+        away = means - total[None, :]
+        squares = tl.sum(deviations + away * away * count, axis=0)
+    return u, total, squares
 
 
 @triton.jit
@@ -191,24 +199,31 @@ def _backward_kernel(
     rstd = tl.load(statistics_ptr + offs_g, mask=mask_c, other=0.0)
 
     # All gradients but dx are functions of these sums over the pixels.
-    dz = tl.zeros((BLOCK, SLAB_PAD), tl.float32)
-    xhat = tl.zeros((BLOCK, SLAB_PAD), tl.float32)
-    all_dz, all_dz_xhat, all_xhat = dz, dz, dz
-    for start in range(0, pixels if STOP is None else STOP, BLOCK):
-        offs, mask = _place(start, offs_s, mask_c, pixels, channels, BLOCK)
+    if STOP is not None:
+        offs, mask = _place(0, offs_s, mask_c, pixels, channels, BLOCK)
         dz, xhat = _dz_and_xhat(
             x_ptr, dy_ptr, offs, mask, before, mean, rstd, a, b, grad_scale, ACT
         )  # fmt: skip
-        all_dz += dz
-        all_dz_xhat += dz * xhat
-        all_xhat += xhat
-    sum_dz, sum_dz_xhat = tl.sum(all_dz, axis=0), tl.sum(all_dz_xhat, axis=0)
+        sum_dz, sum_dz_xhat = tl.sum(dz, axis=0), tl.sum(dz * xhat, axis=0)
+        sum_xhat = tl.sum(xhat, axis=0)
+    else:
+        all_dz = tl.zeros((BLOCK, SLAB_PAD), tl.float32)
+        all_dz_xhat, all_xhat = all_dz, all_dz
+        for start in range(0, pixels, BLOCK):
+            offs, mask = _place(start, offs_s, mask_c, pixels, channels, BLOCK)
+            dz, xhat = _dz_and_xhat(
+                x_ptr, dy_ptr, offs, mask, before, mean, rstd, a, b, grad_scale, ACT
+            )  # fmt: skip
+            all_dz += dz
+            all_dz_xhat += dz * xhat
+            all_xhat += xhat
+        sum_dz, sum_dz_xhat = tl.sum(all_dz, axis=0), tl.sum(all_dz_xhat, axis=0)
+        sum_xhat = tl.sum(all_xhat, axis=0)
     m1 = _group_totals(a * sum_dz, GROUP, SLAB, SLAB_PAD) / (GROUP * pixels)
     m2 = _group_totals(a * sum_dz_xhat, GROUP, SLAB, SLAB_PAD) / (GROUP * pixels)
 
     offs_nc = n * channels + offs_c
     if dpre_shift_ptr is not None:
-        sum_xhat = tl.sum(all_xhat, axis=0)
         dpre_shift = rstd * (a * sum_dz - m1 * pixels - m2 * sum_xhat)
         tl.store(dpre_shift_ptr + offs_nc, dpre_shift, mask=mask_c)
     if dscale_ptr is not None:
@@ -254,10 +269,10 @@ class Plan:
 def plan(pixels: int, channels: int, groups: int, itemsize: int, *, backward: bool) -> Plan:
     """Slabs of whole groups whose rows start at 16-byte boundaries, where the channels allow it.
 
-    The backward pass holds two tiles, so that a tile may be half as large.
+    Tiles and warps are what compiles without spilling registers (16 elements per thread forward;
+    backward, which holds two tiles, 32 with twice the registers).
     """
     group, vector = channels // groups, 16 // itemsize
-    largest, warp = (16384, 512) if backward else (32768, 1024)
     slabs = [k * group for k in range(1, groups + 1) if groups % k == 0]
     aligned = [slab for slab in slabs if slab % vector == 0] or slabs
     # 32 bytes, the unit of device memory, or more; the group sums favour narrow slabs.
@@ -268,10 +283,10 @@ def plan(pixels: int, channels: int, groups: int, itemsize: int, *, backward: bo
         return block * next_power_of_2(slab)
 
     slab = max([slab for slab in wide if tile(slab) <= 8192 and slab <= 128], default=wide[0])
-    if tile(slab) <= largest:
-        warps = next_power_of_2(max(1, tile(slab) // warp))
-        return Plan(slab, block, True, min(warps, 32))
-    return Plan(slab, max(1, 8192 // next_power_of_2(slab)), False, 16)
+    if tile(slab) * itemsize <= 32768 and slab <= 128:
+        warps = tile(slab) // (1024 if backward else 512)
+        return Plan(slab, block, True, max(1, warps))
+    return Plan(slab, max(1, 4096 // next_power_of_2(slab)), False, 16)
 
 
 def _constants(x: Tensor, groups: int, act: bool, *, backward: bool) -> dict[str, int | None]:
