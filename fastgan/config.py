@@ -22,6 +22,8 @@ class Engine(Enum):
 
 class Kernels(Enum):
     auto = "auto"
+    triton = "triton"
+    library = "library"
     reference = "reference"
 
 
@@ -153,6 +155,7 @@ class RunConfig:
     run_dir: str = MISSING
     seed: int = 42
     device: Device = Device.cuda
+    kernels: Kernels = Kernels.auto
     batch: int = MISSING
     batch_gpu: Any = None
     """Images per forward pass: null (all at once), a divisor of batch / processes, or auto."""
@@ -176,7 +179,6 @@ class TrainConfig(RunConfig):
     """python -m fastgan.train"""
 
     engine: Engine = Engine.plain
-    kernels: Kernels = Kernels.auto
     precision: Precision = Precision.published
     nonfinite: NonFinite = NonFinite.skip
     share_fakes: bool = False
@@ -232,6 +234,7 @@ class SampleConfig:
     """One class for all images; null draws it from the seed."""
     batch: int = 64
     device: Device = Device.cuda
+    kernels: Kernels = Kernels.auto
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
 
@@ -253,4 +256,5 @@ class EvaluateConfig:
     seeds: str = "0-49999"
     batch: int = 64
     device: Device = Device.cuda
+    kernels: Kernels = Kernels.auto
     sampler: SamplerConfig = field(default_factory=SamplerConfig)

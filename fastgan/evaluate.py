@@ -21,6 +21,7 @@ from fastgan.evaluation.protocol import (
 )
 from fastgan.evaluation.references import write_statistics
 from fastgan.files import file_sha256, replace_atomically
+from fastgan.kernel_choice import select_kernels
 from fastgan.precision import strict_float32
 
 
@@ -40,6 +41,7 @@ def evaluate(config: cfg.EvaluateConfig) -> None:
         checks.existing(str(config.images), "images")
     world = distributed.init(config.device.value)
     strict_float32()
+    select_kernels(config.kernels.value, world.device)
     extractor, reference = build.extractor_and_reference(
         config.extractor,
         config.weights,

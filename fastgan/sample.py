@@ -17,6 +17,7 @@ from fastgan.cli import hydra_command
 from fastgan.errors import UserError
 from fastgan.evaluation.grid import save_grid
 from fastgan.files import replace_atomically
+from fastgan.kernel_choice import select_kernels
 from fastgan.precision import strict_float32
 
 
@@ -28,6 +29,7 @@ def sample(config: cfg.SampleConfig) -> None:
     if world.size > 1:
         raise UserError("fastgan.sample runs as one process, without torchrun would be right")
     strict_float32()
+    select_kernels(config.kernels.value, world.device)
     out, seeds = Path(config.out), checks.seed_range(config.seeds)
     if out.exists():
         raise UserError(f"out={out} exists, a new name would be right")

@@ -6,6 +6,7 @@ from fastgan import build, checks, distributed
 from fastgan import config as cfg
 from fastgan.cli import hydra_command
 from fastgan.distributed import World
+from fastgan.kernel_choice import select_kernels
 from fastgan.models import Precond
 from fastgan.models.freeze import freeze, frozen_share
 from fastgan.precision import strict_float32
@@ -21,6 +22,7 @@ def train(config: cfg.TrainConfig) -> None:
     checks.check_train(config)
     world = distributed.init(config.device.value)
     strict_float32()
+    select_kernels(config.kernels.value, world.device)
     settings, plan = step_settings(config, world), schedule(config)
     data = build.dataset(config.data)
     model = build.generator(config, data)

@@ -2,6 +2,23 @@
 
 Each op has a plain PyTorch definition (`<op>_ref`), a Triton kernel where that pays, and a public
 function that checks its arguments and asks `kernels.dispatch` which of them to run. All ops take
-and return channels_last tensors in bfloat16, float16 or float32, accumulate in float32 and give the
-same bits every time.
+bfloat16, float16 or float32, accumulate in float32 and give the same bits every time.
 """
+
+from kernels.attention import Attention, Conv, Norm
+from kernels.frozen_block import frozen_unet_block
+from kernels.frozen_conv import frozen_conv2d
+from kernels.norm_silu import group_norm_silu
+from kernels.resample import resample2x
+from kernels.resize_normalize import resize_normalize
+
+__all__ = [
+    "Attention",
+    "Conv",
+    "Norm",
+    "frozen_conv2d",
+    "frozen_unet_block",
+    "group_norm_silu",
+    "resample2x",
+    "resize_normalize",
+]

@@ -62,12 +62,17 @@ def twice_differentiable() -> Iterator[None]:
         _twice -= 1
 
 
-@torch.compiler.assume_constant_result
 def implementation(op: str, device_type: str, dtype: torch.dtype) -> str:
     """The name of the implementation for tensors of `dtype` on a device of this type.
 
-    torch.compile takes it for a constant of the graph, as it is for a process that has started.
+    A constant of the graph for torch.compile, which compiles again when `use` changes the setting
+    or R1 begins or ends (it guards on the globals read here), not when the environment changes.
     """
+    return "reference" if _twice else _chosen(op, device_type, dtype, _configured)
+
+
+@torch.compiler.assume_constant_result
+def _chosen(op: str, device_type: str, dtype: torch.dtype, configured: str) -> str:
     return choose(op, device_type, dtype).implementation
 
 

@@ -122,4 +122,4 @@ class DhariwalUNet(nn.Module):
                 x = torch.cat([x, skips.pop()], dim=1)
             x = layer(x, emb)
         assert not skips
-        return self.out_conv(F.silu(self.out_norm(x)))
+        return self.out_conv(self.out_norm(x, act=True))

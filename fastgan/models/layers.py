@@ -1,8 +1,8 @@
 """The layers of EDM's UNets under the parameter names of the published checkpoints.
 
 Parameters are float32 masters; each layer casts them to the dtype of its input, so that the same
-module computes in float32, bf16 or (converted as a whole) float64. Arrays are [N, C, H, W] or
-[N, C].
+module computes in float32, bf16 or (converted as a whole) float64. What a layer computes is in
+`kernels`, whose ops are plain PyTorch on the CPU. Arrays are [N, C, H, W] or [N, C].
 """
 
 import math
@@ -14,11 +14,7 @@ from torch.nn import functional as F
 
 from fastgan.errors import UserError
 from fastgan.models.init import FAN_IN, Init
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32, or unchanged when it is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+from kernels import Conv, Norm, group_norm_silu, resample2x
 
 
 class Linear(nn.Module):
@@ -39,7 +35,7 @@ class Linear(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation with min(32, C // 4) groups, computed in float32 at least."""
+    """Group normalisation with min(32, C // 4) groups, then SiLU if `act`; float32 at least."""
 
     def __init__(self, channels: int, *, eps: float) -> None:
         super().__init__()
@@ -53,10 +49,12 @@ class GroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        wide = at_least_float32(x)
-        weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
-        return F.group_norm(wide, self.num_groups, weight, bias, self.eps).to(x.dtype)
+    def forward(self, x: Tensor, *, act: bool = False) -> Tensor:
+        return group_norm_silu(x, self.num_groups, self.weight, self.bias, eps=self.eps, act=act)
+
+    def parameters_of_norm(self) -> Norm:
+        """As the fused ops take them."""
+        return Norm(self.weight, self.bias, self.num_groups, self.eps)
 
 
 def resampling_kernel(taps: Sequence[float]) -> Tensor:
@@ -65,18 +63,11 @@ def resampling_kernel(taps: Sequence[float]) -> Tensor:
     return (torch.outer(f, f) / f.sum().square())[None, None]
 
 
-def downsample(x: Tensor, kernel: Tensor, *, padding: int) -> Tensor:
+def downsample_unpadded(x: Tensor, kernel: Tensor) -> Tensor:
     """Filters each channel with `kernel` [1, 1, k, k] and keeps every second pixel."""
     channels = x.shape[1]
     kernel = kernel.to(x.dtype).expand(channels, 1, -1, -1)
-    return F.conv2d(x, kernel, stride=2, padding=padding, groups=channels)
-
-
-def upsample(x: Tensor, kernel: Tensor, *, padding: int) -> Tensor:
-    """The transpose of `downsample`, times 4 so that a constant image keeps its value."""
-    channels = x.shape[1]
-    kernel = (4 * kernel).to(x.dtype).expand(channels, 1, -1, -1)
-    return F.conv_transpose2d(x, kernel, stride=2, padding=padding, groups=channels)
+    return F.conv2d(x, kernel, stride=2, groups=channels)
 
 
 class Conv2d(nn.Module):
@@ -111,17 +102,33 @@ class Conv2d(nn.Module):
             init.fill(self.weight, self.bias)
         if up or down:
             self.register_buffer("resample_filter", resampling_kernel(resample_filter))
-        self.filter_padding = (len(resample_filter) - 1) // 2
+        self.taps = tuple(map(float, resample_filter))
+        self._cast: tuple[tuple[object, ...], Conv] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused:
-            x = self._convolve(x, extra_padding=self.filter_padding)
-            return self._add_bias(downsample(x, self.resample_filter, padding=0))
-        if self.up:
-            x = upsample(x, self.resample_filter, padding=self.filter_padding)
-        if self.down:
-            x = downsample(x, self.resample_filter, padding=self.filter_padding)
+            x = self._convolve(x, extra_padding=(len(self.taps) - 1) // 2)
+            return self._add_bias(downsample_unpadded(x, self.resample_filter))
+        if self.up or self.down:
+            x = resample2x(x, self.taps, up=self.up)
         return self._add_bias(self._convolve(x))
+
+    def parameters_of_conv(self, dtype: torch.dtype) -> Conv:
+        """Weight and bias in `dtype`, as the fused ops take them.
+
+        A frozen pair on a GPU is cast and laid out channels_last once, not at every use.
+        """
+        weight, bias = self.weight, self.bias
+        assert weight is not None and bias is not None, "kernel 0 only resamples"
+        trains = weight.requires_grad or bias.requires_grad
+        if trains or not weight.is_cuda or torch.compiler.is_compiling():
+            return Conv(weight.to(dtype), bias.to(dtype))
+        # In-place changes (a loaded checkpoint) and moves to another device make a new copy.
+        key = (dtype, weight.data_ptr(), weight._version, bias.data_ptr(), bias._version)
+        if self._cast is None or self._cast[0] != key:
+            copy = weight.detach().to(dtype, memory_format=torch.channels_last)
+            self._cast = (key, Conv(copy, bias.detach().to(dtype)))
+        return self._cast[1]
 
     def _convolve(self, x: Tensor, extra_padding: int = 0) -> Tensor:
         if self.weight is None:

@@ -4,11 +4,15 @@ import torch
 from torch import Tensor, nn
 
 from fastgan.models.dhariwal_unet import DhariwalUNet
-from fastgan.models.layers import at_least_float32
 from fastgan.models.song_unet import SongUNet
 
 D2O_EPS = 0.002
 SIGMA_INIT = 80.0  # G(z) = D(80 z; 80)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or unchanged when it is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Precond(nn.Module):

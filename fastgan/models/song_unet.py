@@ -169,14 +169,14 @@ class SongUNet(nn.Module):
     def decode(self, x: Tensor, skips: list[Tensor], emb: Tensor) -> Tensor:
         """The raw output [N, out_channels, H, W]; consumes `skips` from its end."""
         out: Tensor | None = None
-        normed = x
+        activated = x
         for name, layer in self.dec.items():
             if "aux_up" in name:
                 out = layer(out)
             elif "aux_norm" in name:
-                normed = layer(x)
+                activated = layer(x, act=True)
             elif "aux_conv" in name:
-                contribution = layer(F.silu(normed))
+                contribution = layer(activated)
                 out = contribution if out is None else out + contribution
             else:
                 if x.shape[1] != layer.in_channels:

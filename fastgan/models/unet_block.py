@@ -1,30 +1,14 @@
 """The residual block with optional attention that both UNets are built from."""
 
-import math
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastgan.models.init import FAN_IN, Init
-from fastgan.models.layers import Conv2d, GroupNorm, Linear, at_least_float32
-
-
-def attention(qkv: Tensor, num_heads: int) -> Tensor:
-    """Self-attention over pixels; qkv [N, 3C, H, W] -> [N, C, H, W].
-
-    q, k and v interleave fastest: channel = head x 3d + 3c + {0, 1, 2}. Softmax in float32.
-    Spelled out rather than by scaled_dot_product_attention, which has no second derivative on the
-    CPU, and R1 differentiates twice through a UNet encoder used as feature network.
-    """
-    n, channels, height, width = qkv.shape
-    depth = channels // (3 * num_heads)
-    q, k, v = qkv.reshape(n * num_heads, depth, 3, height * width).unbind(2)
-    scores = at_least_float32(q.transpose(1, 2)) @ at_least_float32(k) / math.sqrt(depth)
-    weights = scores.softmax(dim=2).to(v.dtype)
-    return (v @ weights.transpose(1, 2)).reshape(n, channels // 3, height, width)
+from fastgan.models.layers import Conv2d, GroupNorm, Linear
+from kernels import Attention, frozen_unet_block
 
 
 class UNetBlock(nn.Module):
@@ -64,6 +48,7 @@ class UNetBlock(nn.Module):
             self.num_heads = out_channels // channels_per_head if num_heads is None else num_heads
         self.in_channels, self.out_channels = in_channels, out_channels
         self.dropout, self.skip_scale, self.adaptive_scale = dropout, skip_scale, adaptive_scale
+        self.resample, self.taps = "up" if up else "down" if down else "", tuple(resample_filter)
 
         resampled = partial(Conv2d, up=up, down=down, resample_filter=resample_filter, init=init)
         self.norm0 = GroupNorm(in_channels, eps=eps)
@@ -82,19 +67,40 @@ class UNetBlock(nn.Module):
             self.proj = Conv2d(out_channels, out_channels, 1, init=init_last)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv0(F.silu(self.norm0(x)))
-        h = F.silu(self._normalise_with_embedding(h, emb))
-        h = self.conv1(F.dropout(h, self.dropout, self.training))
-        x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
-        if self.num_heads:
-            a = attention(self.qkv(self.norm2(x)), self.num_heads)
-            x = (x + self.proj(a)) * self.skip_scale
-        return x
+        dtype = x.dtype
+        return frozen_unet_block(
+            x,
+            self.norm0.parameters_of_norm(),
+            self.conv0.parameters_of_conv(dtype),
+            self.norm1.parameters_of_norm(),
+            self.conv1.parameters_of_conv(dtype),
+            **self._embedding(emb, dtype),
+            skip=self.skip.parameters_of_conv(dtype) if self._projects() else None,
+            resample=self.resample,
+            filter=self.taps,
+            gain=self.skip_scale,
+            dropout=self.dropout if self.training else 0.0,
+            attention=self._attention(dtype),
+        )
 
-    def _normalise_with_embedding(self, h: Tensor, emb: Tensor) -> Tensor:
+    def _projects(self) -> bool:
+        """Whether the skip convolves; without, it is the input, or the input resampled."""
+        return self.skip is not None and self.skip.weight is not None
+
+    def _embedding(self, emb: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         # The affine map runs in the embedding's float32 and is cast where it is used.
-        params = self.affine(emb)[:, :, None, None].to(h.dtype)
+        params = self.affine(emb).to(dtype)
         if not self.adaptive_scale:
-            return self.norm1(h + params)
+            return {"pre_shift": params}
         scale, shift = params.chunk(2, dim=1)
-        return torch.addcmul(shift, self.norm1(h), 1 + scale)
+        return {"scale": scale, "shift": shift}
+
+    def _attention(self, dtype: torch.dtype) -> Attention | None:
+        if not self.num_heads:
+            return None
+        return Attention(
+            self.norm2.parameters_of_norm(),
+            self.qkv.parameters_of_conv(dtype),
+            self.proj.parameters_of_conv(dtype),
+            self.num_heads,
+        )

@@ -28,6 +28,7 @@ from fastgan.training.state import (
     trainable,
 )
 from fastgan.training.updater import NonFinite, Updater, linear_decay
+from kernels.dispatch import twice_differentiable
 
 
 @dataclass(frozen=True)
@@ -178,8 +179,9 @@ class PlainStep:
         total = reals.new_zeros(())
         for part in rounds(len(reals), self.settings.batch_gpu):
             images = reals[part].detach().requires_grad_()
-            logits = self._discriminate(images, take(labels, part), None)
-            penalty = losses.r1_penalty(logits, images)
+            with twice_differentiable():
+                logits = self._discriminate(images, take(labels, part), None)
+                penalty = losses.r1_penalty(logits, images)
             # A mean over the batch in both reductions, as published.
             weighted = self.settings.r1_weight * penalty
             _backward(weighted.sum() / len(reals), self.update_d.parameters)

@@ -17,16 +17,20 @@ DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda"
 
 
 def assert_as_accurate(
-    ours: Mapping[str, Tensor], plain: Mapping[str, Tensor], exact: Mapping[str, Tensor]
+    ours: Mapping[str, Tensor],
+    plain: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    *,
+    largest: bool = True,
 ) -> None:
-    """Compares every result by its largest and its root-mean-square error."""
+    """Compares every result by its root-mean-square and (unless not `largest`) largest error."""
     assert ours.keys() == plain.keys() == exact.keys()
     for name, result in ours.items():
         truth = exact[name].double()
         assert result.shape == truth.shape, (name, result.shape, truth.shape)
         assert result.isfinite().all(), f"{name} is not finite"
         rounding = torch.finfo(result.dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
-        for norm in (_largest, _root_mean_square):
+        for norm in (_root_mean_square, _largest)[: 1 + largest]:
             error, allowed = norm(result - truth), 2 * norm(plain[name] - truth)
             allowed += rounding * norm(truth)
             assert error <= allowed, f"{name}: {norm.__name__} error {error:.3g} > {allowed:.3g}"
