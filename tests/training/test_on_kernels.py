@@ -1,0 +1,35 @@
+"""The GAN step on Triton kernels: the same losses as on the plain definitions, R1 included."""
+
+import pytest
+import torch
+
+from fastgan.training.ema import averaged_copy
+from fastgan.training.step import PlainStep
+from kernels import dispatch
+from tests.training.toys import ALONE, diffusion_heads, generator, reals, settings
+
+
+def losses(monkeypatch: pytest.MonkeyPatch, setting: str) -> tuple[list[float], PlainStep]:
+    """Of three iterations, R1 in the last two, against heads on a frozen copy of the network."""
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "_configured", setting)
+    network = generator(dtype=torch.float32)
+    step = PlainStep(
+        network, averaged_copy(network), diffusion_heads(network), settings(r1_interval=1), ALONE
+    )
+    found: list[float] = []
+    for iteration in range(3):
+        result = step.run(reals(iteration, dtype=torch.float32), None, iteration)
+        assert not result.skipped
+        found += [float(value) for value in result.scalars.values()]
+    return found, step
+
+
+def test_losses_equal_those_of_the_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {name: p.clone() for name, p in generator(dtype=torch.float32).named_parameters()}
+    plain, _ = losses(monkeypatch, "reference")
+    ours, step = losses(monkeypatch, "triton")
+    assert len(ours) == 14 and ours == pytest.approx(plain, rel=1e-4)
+    frozen = {n: p for n, p in step.generator.named_parameters() if not p.requires_grad}
+    assert len(frozen) > 10
+    assert all(torch.equal(p, before[n]) for n, p in frozen.items())
