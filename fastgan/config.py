@@ -49,6 +49,11 @@ class NonFinite(Enum):
     published = "published"
 
 
+class Adam(Enum):
+    torch = "torch"
+    apex = "apex"
+
+
 class DiscriminatorKind(Enum):
     """projected: heads on timm backbones; diffusion: on the diffusion UNet's own encoder."""
 
@@ -97,6 +102,7 @@ class LossConfig:
 class OptimConfig:
     lr_g: float = MISSING
     lr_d: float = MISSING
+    adam: Adam = Adam.torch
     decay_from: float | None = None
     """Share of total_images after which both learning rates fall linearly to 0 (null: never)."""
 

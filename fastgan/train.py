@@ -69,6 +69,7 @@ def step_settings(config: cfg.TrainConfig, world: World) -> StepSettings:
         total_images=checks.images(config.total_images, "total_images"),
         lr_g=config.optim.lr_g,
         lr_d=config.optim.lr_d,
+        adam=config.optim.adam.value,
         decay_from=config.optim.decay_from,
         loss=config.loss.kind.value,
         reduction=config.loss.reduction.value,

@@ -31,7 +31,7 @@ def apex_group_norm_class() -> type[torch.nn.Module] | None:
 
 
 @cache
-def fused_adam() -> Callable[..., torch.optim.Optimizer] | None:
+def fused_adam() -> type[torch.optim.Optimizer] | None:
     """apex's FusedAdam, or None."""
     try:
         from apex.optimizers import FusedAdam

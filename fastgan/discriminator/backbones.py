@@ -12,13 +12,12 @@ serves all networks. The published levels `features[:13], [:23], [:33], [:43]` a
 from collections.abc import Sequence
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastgan.discriminator.backbone_weights import create_model
 from fastgan.errors import UserError
 from fastgan.seeding import seeded
+from kernels import resize_normalize
 
 RESOLUTION = 224
 LEVELS = 4
@@ -34,9 +33,6 @@ class Backbone(nn.Module):
     itself; `provenance`: name, weights, sha256 of a local file, licence, timm's version.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, name: str, model: nn.Module, provenance: dict[str, str]) -> None:
         super().__init__()
         self.name, self.provenance = name, provenance
@@ -44,8 +40,8 @@ class Backbone(nn.Module):
         # timm's "fixed" marks networks bound to one input size, the ViTs first of all.
         self.fixed_size = bool(cfg.get("fixed_input_size"))
         self.size: int = cfg["input_size"][-1] if self.fixed_size else RESOLUTION
-        self.register_buffer("mean", torch.tensor(cfg["mean"]).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(cfg["std"]).view(1, -1, 1, 1), persistent=False)
+        self.mean: tuple[float, ...] = tuple(cfg["mean"])
+        self.std: tuple[float, ...] = tuple(cfg["std"])
         info: list[dict[str, Any]] = model.feature_info  # type: ignore[assignment]
         indices = _level_indices(name, [level["reduction"] for level in info])
         self.channels = [info[i]["num_chs"] for i in indices]
@@ -72,11 +68,10 @@ class Backbone(nn.Module):
         return super().train(False)
 
     def _preprocess(self, images: Tensor) -> Tensor:
-        x = images.to(self.mean.dtype).expand(-1, 3, -1, -1)
-        x = ((x + 1) / 2 - self.mean) / self.std
-        if self.fixed_size or x.shape[-1] < self.size:
-            x = F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False)
-        return x
+        # Larger images stay as large, unless the network is bound to its size.
+        size = self.size if self.fixed_size else max(self.size, images.shape[-1])
+        dtype = next(self.extractor.parameters()).dtype
+        return resize_normalize(images, self.mean, self.std, size, dtype=dtype)
 
 
 def load_backbone(name: str, weights: str | None = None, *, seed: int = 0) -> Backbone:

@@ -100,7 +100,7 @@ def _batches(
     """Labels [k] and float64 pooled features [k, feature_dim] of all images, in order."""
     for start in range(0, len(dataset), batch):
         indices = np.arange(start, min(start + batch, len(dataset)))
-        images = torch.from_numpy(dataset.images(indices)).to(backbone.mean.device)
+        images = torch.from_numpy(dataset.images(indices)).to(next(backbone.parameters()).device)
         with torch.no_grad():
             deepest = backbone.raw_features(images.float() / 127.5 - 1)[-1]
         yield torch.from_numpy(labels[indices]).long(), deepest.mean(dim=(2, 3)).double().cpu()

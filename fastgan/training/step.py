@@ -27,7 +27,7 @@ from fastgan.training.state import (
     prefixed,
     trainable,
 )
-from fastgan.training.updater import NonFinite, Updater, linear_decay
+from fastgan.training.updater import Adam, NonFinite, Updater, linear_decay
 from kernels.dispatch import twice_differentiable
 
 
@@ -57,6 +57,7 @@ class StepSettings:
     steps: int = 1
     mid_sigma: float | None = None
     discriminator_bf16: bool = False
+    adam: Adam = "torch"
 
     @property
     def r1_weight(self) -> float:
@@ -88,6 +89,7 @@ class PlainStep:
             Updater,
             world=world,
             nonfinite=s.nonfinite,
+            adam=s.adam,
             lr_factor=linear_decay(s.total_images, s.decay_from),
         )
         # Lazy R1 takes one D step in interval + 1 more: Adam is slowed down to match (StyleGAN2).

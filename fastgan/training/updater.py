@@ -8,14 +8,17 @@ from torch import Tensor, nn
 
 from fastgan.distributed import World, all_reduce_sum
 from fastgan.errors import UserError
+from kernels.optional import fused_adam
 
 NonFinite = Literal["skip", "published"]
+Adam = Literal["torch", "apex"]
 
 
 class Updater:
     """Adam over named parameters; called with gradients in place, it makes one update.
 
-    `lr_factor` maps images seen to a factor on the optimiser's own learning rate.
+    `lr_factor` maps images seen to a factor on the optimiser's own learning rate. `adam`: PyTorch's
+    or, where it is installed, apex's FusedAdam (UserError where not).
     """
 
     def __init__(
@@ -27,9 +30,10 @@ class Updater:
         betas: tuple[float, float],
         nonfinite: NonFinite = "skip",
         lr_factor: Callable[[int], float] | None = None,
+        adam: Adam = "torch",
     ) -> None:
         self.names, self.parameters = list(parameters), list(parameters.values())
-        self.optimizer = torch.optim.Adam(self.parameters, lr=lr, betas=betas, eps=1e-8)
+        self.optimizer = _adam_class(adam)(self.parameters, lr=lr, betas=betas, eps=1e-8)
         self.world, self.lr, self.nonfinite = world, lr, nonfinite
         self.lr_factor = lr_factor or (lambda nimg: 1.0)
 
@@ -46,11 +50,15 @@ class Updater:
 
     def state(self) -> dict[str, Tensor]:
         """Adam's moments and step counts as `<parameter>/<entry>`."""
-        return {
+        state = {
             f"{name}/{entry}": value
             for name, parameter in zip(self.names, self.parameters, strict=True)
             for entry, value in self.optimizer.state[parameter].items()
         }
+        steps = self.optimizer.param_groups[0].get("step")
+        if steps is not None:  # apex counts once for all parameters
+            state |= {f"{name}/step": torch.tensor(float(steps)) for name in self.names}
+        return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restores what `state` gave; parameters without an entry start fresh."""
@@ -59,10 +67,24 @@ class Updater:
             name, _, entry = key.rpartition("/")
             if name not in known:
                 raise UserError(f"optimiser state names {name}, which does not train here")
+            if entry == "step" and isinstance(self.optimizer, fused_adam() or ()):
+                self.optimizer.param_groups[0]["step"] = int(value)
+                continue
             parameter = known[name]
             # Adam keeps its step count on the CPU, its moments beside the parameter.
             device = value.device if entry == "step" else parameter.device
             self.optimizer.state[parameter][entry] = value.to(device)
+
+
+def _adam_class(adam: Adam) -> Callable[..., torch.optim.Optimizer]:
+    if adam == "torch":
+        return torch.optim.Adam
+    found = fused_adam()
+    if found is None:
+        raise UserError(
+            "optim.adam=apex, but NVIDIA's apex is not installed here, optim.adam=torch would do"
+        )
+    return found
 
 
 def average_gradients(parameters: list[nn.Parameter], world: World) -> None:

@@ -87,3 +87,47 @@ def test_state_makes_a_second_updater_continue_bitwise() -> None:
 def test_state_of_other_parameters_is_refused() -> None:
     with pytest.raises(UserError, match="names c, which does not train here"):
         updater().load_state({"c/step": torch.zeros(())})
+
+
+class ApexLike(torch.optim.Adam):
+    """Counts steps as apex's FusedAdam does: once for all parameters, in the group."""
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        group = self.param_groups[0]
+        group["step"] = group.get("step", 0) + 1
+        for p in group["params"]:
+            state = self.state[p]
+            for entry in ("exp_avg", "exp_avg_sq"):
+                state.setdefault(entry, torch.zeros_like(p))
+            state["exp_avg_sq"].mul_(group["betas"][1]).addcmul_(p.grad, p.grad, value=0.01)
+            second = state["exp_avg_sq"] / (1 - group["betas"][1] ** group["step"])
+            p.sub_(group["lr"] * p.grad / (second.sqrt() + group["eps"]))
+
+
+def test_apex_is_taken_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps like PyTorch's Adam, and continues from what it saved."""
+    monkeypatch.setattr("fastgan.training.updater.fused_adam", lambda: ApexLike)
+    ours, theirs, resumed = updater(adam="apex"), updater(), updater(adam="apex")
+    assert isinstance(ours.optimizer, ApexLike)
+    for k in range(4):
+        for update in (ours, theirs):
+            give_gradients(update, 1.0 + k)
+            update(0)
+        if k == 1:
+            state = {name: value.clone() for name, value in ours.state().items()}
+            resumed.load_state(state)
+            for mine, yours in zip(resumed.parameters, ours.parameters, strict=True):
+                mine.data.copy_(yours.data)
+        if k > 1:
+            give_gradients(resumed, 1.0 + k)
+            resumed(0)
+    for a, b, c in zip(ours.parameters, theirs.parameters, resumed.parameters, strict=True):
+        torch.testing.assert_close(a, b)
+        assert torch.equal(a, c)
+
+
+def test_apex_is_refused_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastgan.training.updater.fused_adam", lambda: None)
+    with pytest.raises(UserError, match="apex is not installed"):
+        updater(adam="apex")
