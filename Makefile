@@ -3,10 +3,11 @@ SHELL := /bin/bash
 PYTHON := .venv/bin/python
 PYTHONS := python3 python3.13 python3.12 python3.11
 
-.PHONY: help venv demo demo-study pretrain-demo test test-slow lint types clean
+.PHONY: help venv demo demo-study pretrain-demo test test-slow test-torch211 aot bench lint types
+.PHONY: clean
 
 help: ## print this list
-	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 22
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 22
 
 venv: .venv/.ready ## make the environment .venv (the others do it when it is missing)
 	@:
@@ -26,6 +27,15 @@ test: .venv/.ready ## the fast tests
 test-slow: .venv/.ready ## the tests that take minutes
 	@$(PYTHON) -m pytest -m slow
 
+test-torch211: .venv-torch211/.ready ## kernels, networks and training under torch 2.11 + triton 3.6 (downloads gigabytes)
+	@.venv-torch211/bin/python -m pytest -n 2 -m 'not slow' tests/kernels tests/models tests/training
+
+aot: .venv/.ready ## compile every kernel for sm_80 and sm_90 (no GPU needed): registers, spills, widths
+	@$(PYTHON) -m kernels.aot --check
+
+bench: .venv/.ready ## kernel benchmarks; on a machine without a GPU tiny ones that are no speeds
+	@$(PYTHON) -m pytest benchmarks
+
 lint: .venv/.ready ## ruff: rules and format
 	@$(PYTHON) -m ruff check --quiet .
 	@$(PYTHON) -m ruff format --quiet --check .
@@ -35,7 +45,7 @@ types: .venv/.ready ## mypy
 
 clean: ## remove caches and builds (not .venv, not runs/)
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks build dist
-	@find fastgan tools tests -name __pycache__ -prune -exec rm -rf {} +
+	@find fastgan kernels benchmarks tools tests -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.ready: pyproject.toml
 	@fail() { echo "error: $$1" >&2; exit 1; }; \
@@ -51,3 +61,10 @@ clean: ## remove caches and builds (not .venv, not runs/)
 	$(PYTHON) -m pip --version >/dev/null 2>&1 || "$$python" -m venv .venv && \
 	$(PYTHON) -m pip install -qq --disable-pip-version-check -e '.[dev]' && \
 	touch $@
+
+.venv-torch211/.ready: pyproject.toml
+	@$(firstword $(PYTHONS)) -m venv .venv-torch211
+	@# Triton 3.6's interpreter fails on loops with run-time bounds from numpy 2.4 on.
+	@.venv-torch211/bin/python -m pip install -qq --disable-pip-version-check -e '.[vision,test]' \
+	    'torch==2.11.*' 'triton==3.6.*' 'numpy<2.4'
+	@touch $@

@@ -94,7 +94,7 @@ def _reordered(qkv: Conv, heads: int) -> Conv:
     return Conv(reorder(qkv.weight), reorder(qkv.bias))
 
 
-def _dense_heads(qkv: Tensor, heads: int, run) -> Tensor:  # type: ignore[no-untyped-def]
+def _dense_heads(qkv: Tensor, heads: int, run) -> Tensor:
     """`run(q, k, v)` over [N, H W, heads, d] views of a channels_last [N, 3C, H, W]."""
     n, _, height, width = qkv.shape
     pixels = qkv.movedim(1, 3).reshape(n, height * width, 3, heads, -1)

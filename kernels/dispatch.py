@@ -8,7 +8,7 @@ ops that have it (`library`), or one per op (`group_norm_silu=apex,attention=xfo
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -171,8 +171,8 @@ def _say_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def _list(names: object) -> str:
-    return ", ".join(names)  # type: ignore[call-overload]
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(names)
 
 
 def _name(dtype: torch.dtype) -> str:

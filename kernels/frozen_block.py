@@ -107,12 +107,19 @@ def _pre_shift(i: _Inputs) -> Tensor:
 def _forward(i: _Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, and what backward reads beside x: h without conv0's bias, both norms' statistics."""
     s0, statistics0 = group_norm_silu_forward(
-        *(i.x, i.groups0, i.norm0_weight, i.norm0_bias, i.eps0, None, None, None, True)
+        i.x, i.groups0, i.norm0_weight, i.norm0_bias, i.eps0, None, None, None, True
     )
     h = _convolved(_resampled(s0, i), i.conv0_weight)
     s1, statistics1 = group_norm_silu_forward(
-        *(h, i.groups1, i.norm1_weight, i.norm1_bias, i.eps1),
-        *(_pre_shift(i), i.scale, i.shift, True),
+        h,
+        i.groups1,
+        i.norm1_weight,
+        i.norm1_bias,
+        i.eps1,
+        _pre_shift(i),
+        i.scale,
+        i.shift,
+        True,
     )
     branch = _convolved(s1, i.conv1_weight)
     return _joined(i, branch), h, statistics0, statistics1
@@ -138,15 +145,31 @@ def _backward(
     dy = channels_last_like(dy, i.x)
     found = _skip_gradients(dy, i, asked)
     of_norm1 = group_norm_silu_backward(
-        *(_convolved_back(dy, i.conv1_weight), h, statistics1, i.groups1),
-        *(i.norm1_weight, i.norm1_bias, _pre_shift(i), i.scale, i.shift, True),
+        _convolved_back(dy, i.conv1_weight),
+        h,
+        statistics1,
+        i.groups1,
+        i.norm1_weight,
+        i.norm1_bias,
+        _pre_shift(i),
+        i.scale,
+        i.shift,
+        True,
         frozenset({"x", *(asked & {"pre_shift", "scale", "shift"}), *_affine("1", asked)}),
         grad_scale=i.gain,
     )
     assert of_norm1.x is not None
     of_norm0 = group_norm_silu_backward(
-        *(_resampled_back(_convolved_back(of_norm1.x, i.conv0_weight), i), i.x, statistics0),
-        *(i.groups0, i.norm0_weight, i.norm0_bias, None, None, None, True),
+        _resampled_back(_convolved_back(of_norm1.x, i.conv0_weight), i),
+        i.x,
+        statistics0,
+        i.groups0,
+        i.norm0_weight,
+        i.norm0_bias,
+        None,
+        None,
+        None,
+        True,
         frozenset({*(asked & {"x"}), *_affine("0", asked)}),
         residual=found.get("x"),
         residual_scale=i.gain,
@@ -155,18 +178,18 @@ def _backward(
     for name, value in (("pre_shift", i.pre_shift), ("scale", i.scale), ("shift", i.shift)):
         if name in asked and value is not None:
             found[name] = getattr(of_norm1, name).to(value.dtype)
-    return [found[name] for name in wanted.split()]
+    return [found[name] for name in wanted.split()]  # type: ignore[misc]
 
 
 def _affine(norm: str, asked: frozenset[str]) -> set[str]:
     return {"affine"} if f"affine{norm}" in asked else set()
 
 
-def _skip_gradients(dy: Tensor, i: _Inputs, asked: frozenset[str]) -> dict[str, Tensor]:
+def _skip_gradients(dy: Tensor, i: _Inputs, asked: frozenset[str]) -> dict[str, Tensor | None]:
     """Gradients along the skip: of its parameters, and of x without the gain."""
     if i.skip_weight is None:
         return {"x": _resampled_back(dy, i)}
-    found = {}
+    found: dict[str, Tensor | None] = {}
     if "skip_bias" in asked:
         assert i.skip_bias is not None
         total = dy.sum(dim=(0, 2, 3), dtype=torch.float32)
@@ -205,7 +228,7 @@ _backward_op = torch.library.custom_op(
 
 
 @_op.register_fake
-def _(*args):  # type: ignore[no-untyped-def]
+def _(*args):
     i = _Inputs(*args)
     n, _, height, width = i.x.shape
     if i.resample:
@@ -217,7 +240,7 @@ def _(*args):  # type: ignore[no-untyped-def]
 
 
 @_backward_op.register_fake
-def _(dy, h, statistics0, statistics1, wanted, *args):  # type: ignore[no-untyped-def]
+def _(dy, h, statistics0, statistics1, wanted, *args):
     i = _Inputs(*args)
     widths = {"affine0": i.x.shape[1], "affine1": h.shape[1]}
     return [
@@ -228,13 +251,13 @@ def _(dy, h, statistics0, statistics1, wanted, *args):  # type: ignore[no-untype
     ]
 
 
-def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup(ctx, inputs, output):
     _, h, statistics0, statistics1 = output
     ctx.settings = inputs[14:]
     ctx.save_for_backward(h, statistics0, statistics1, *inputs[:14])
 
 
-def _autograd(ctx, dy, *_):  # type: ignore[no-untyped-def]
+def _autograd(ctx, dy, *_):
     h, statistics0, statistics1, *tensors = ctx.saved_tensors
     i = _Inputs(*tensors, *ctx.settings)
     needed = dict(zip(_Inputs._fields, ctx.needs_input_grad, strict=True))
@@ -310,7 +333,16 @@ def _composed(
         h = resample2x(h, filter, up=resample == "up")
         x = resample2x(x, filter, up=resample == "up")
     h = convolve(h, conv0)
-    h = group_norm_silu(h, norm1.groups, norm1.weight, norm1.bias, eps=norm1.eps, **embedding)
+    h = group_norm_silu(
+        h,
+        norm1.groups,
+        norm1.weight,
+        norm1.bias,
+        eps=norm1.eps,
+        pre_shift=embedding["pre_shift"],
+        scale=embedding["scale"],
+        shift=embedding["shift"],
+    )
     h = convolve(F.dropout(h, dropout, training=dropout > 0), conv1)
     return (h + (x if skip is None else convolve(x, skip))) * gain
 

@@ -82,7 +82,7 @@ def _input_grad_op(
 
 
 @_op.register_fake
-def _(x, weight, bias, flipped, stride, padding):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, flipped, stride, padding):
     n, _, *size = x.shape
     k = weight.shape[-1]
     size = [(length + 2 * padding - k) // stride + 1 for length in size]
@@ -90,7 +90,7 @@ def _(x, weight, bias, flipped, stride, padding):  # type: ignore[no-untyped-def
 
 
 @_input_grad_op.register_fake
-def _(dy, weight, flipped, size, stride, padding):  # type: ignore[no-untyped-def]
+def _(dy, weight, flipped, size, stride, padding):
     return _fake(dy, (dy.shape[0], weight.shape[1], *size))
 
 
@@ -100,13 +100,13 @@ def _fake(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     )
 
 
-def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup(ctx, inputs, output):
     x, weight, _, flipped, ctx.stride, ctx.padding = inputs
     ctx.size = list(x.shape[2:])
     ctx.save_for_backward(weight, flipped)
 
 
-def _backward(ctx, dy):  # type: ignore[no-untyped-def]
+def _backward(ctx, dy):
     weight, flipped = ctx.saved_tensors
     dx = None
     if ctx.needs_input_grad[0]:
@@ -114,12 +114,12 @@ def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     return dx, None, None, None, None, None
 
 
-def _input_grad_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _input_grad_setup(ctx, inputs, output):
     _, weight, flipped, _, ctx.stride, ctx.padding = inputs
     ctx.save_for_backward(weight, flipped)
 
 
-def _input_grad_backward(ctx, ddx):  # type: ignore[no-untyped-def]
+def _input_grad_backward(ctx, ddx):
     """The adjoint's adjoint: the convolution again."""
     weight, flipped = ctx.saved_tensors
     ddy = _op(channels_last_like(ddx, weight), weight, None, flipped, ctx.stride, ctx.padding)

@@ -45,8 +45,8 @@ def _group_norm(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """PyTorch's operator with the parameters in x's dtype."""
-    affine = (None if p is None else p.to(x.dtype) for p in (weight, bias))
-    return F.group_norm(x, num_groups, *affine, eps)
+    weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, bias))
+    return F.group_norm(x, num_groups, weight, bias, eps)
 
 
 def _around(
@@ -105,7 +105,7 @@ def _op(
 
 
 @_op.register_fake
-def _(x, num_groups, *_):  # type: ignore[no-untyped-def]
+def _(x, num_groups, *_):
     return torch.empty_like(x), x.new_empty(2, x.shape[0], num_groups, dtype=torch.float32)
 
 
@@ -131,7 +131,7 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(dy, x, statistics, num_groups, weight, bias, pre_shift, scale, shift, act, wanted):  # type: ignore[no-untyped-def]
+def _(dy, x, statistics, num_groups, weight, bias, pre_shift, scale, shift, act, wanted):
     shapes = {
         "x": lambda: torch.empty_like(x),
         "affine": lambda: x.new_empty(2, x.shape[1], dtype=torch.float32),
@@ -142,12 +142,12 @@ def _(dy, x, statistics, num_groups, weight, bias, pre_shift, scale, shift, act,
     return [shapes[name]() for name in wanted.split()]
 
 
-def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup(ctx, inputs, output):
     x, ctx.num_groups, weight, bias, _, pre_shift, scale, shift, ctx.act = inputs
     ctx.save_for_backward(x, output[1], weight, bias, pre_shift, scale, shift)
 
 
-def _backward(ctx, dy, _):  # type: ignore[no-untyped-def]
+def _backward(ctx, dy, _):
     x, statistics, weight, bias, *per_sample = ctx.saved_tensors
     of_x, _, of_weight, of_bias, _, of_pre_shift, of_scale, of_shift, _ = ctx.needs_input_grad
     needed = {"x": of_x, "affine": of_weight or of_bias}
@@ -193,8 +193,15 @@ def group_norm_silu(
     chosen = dispatch.implementation(OP, x.device.type, x.dtype)
     if chosen == "reference":
         return group_norm_silu_ref(
-            *(x, num_groups, weight, bias),
-            **{"eps": eps, "pre_shift": pre_shift, "scale": scale, "shift": shift, "act": act},
+            x,
+            num_groups,
+            weight,
+            bias,
+            eps=eps,
+            pre_shift=pre_shift,
+            scale=scale,
+            shift=shift,
+            act=act,
         )
     if chosen == "library":
         norm = partial(_group_norm, num_groups=num_groups, weight=weight, bias=bias, eps=eps)

@@ -8,6 +8,7 @@ y), backward 6 (read x and dy, write dx). Bound by memory.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -289,11 +290,9 @@ def plan(pixels: int, channels: int, groups: int, itemsize: int, *, backward: bo
     return Plan(slab, max(1, 4096 // next_power_of_2(slab)), False, 16)
 
 
-def _constants(x: Tensor, groups: int, act: bool, *, backward: bool) -> dict[str, int | None]:
-    _, channels, height, width = x.shape
-    p = plan(height * width, channels, groups, x.element_size(), backward=backward)
+def _constants(p: Plan, group: int, act: bool) -> dict[str, Any]:
     return {
-        "GROUP": channels // groups,
+        "GROUP": group,
         "SLAB": p.slab,
         "SLAB_PAD": next_power_of_2(p.slab),
         "BLOCK": p.block,
@@ -317,17 +316,17 @@ def group_norm_silu_forward(
 ) -> tuple[Tensor, Tensor]:
     """y like x (channels_last); mean and rstd of x + pre_shift as [2, N, G] in float32."""
     n, channels, height, width = x.shape
-    constants = _constants(x, num_groups, act, backward=False)
+    p = plan(height * width, channels, num_groups, x.element_size(), backward=False)
     y = torch.empty_like(x)
     statistics = torch.empty(2, n, num_groups, dtype=torch.float32, device=x.device)
     pre_shift, scale, shift = rows(pre_shift), rows(scale), rows(shift)
     launch(
         _forward_kernel,
-        (channels // constants["SLAB"], n),
+        (channels // p.slab, n),
         *(x, y, statistics, weight, bias, pre_shift, scale, shift),
         *(height * width, channels, num_groups),
         *(_row(pre_shift), _row(scale), _row(shift), eps),
-        **constants,
+        **_constants(p, channels // num_groups, act),
     )
     return y, statistics
 
@@ -367,7 +366,7 @@ def group_norm_silu_backward(
     `residual`: a second gradient that arrives at x; residual_scale times it is added to dx.
     """
     n, channels, height, width = x.shape
-    constants = _constants(x, num_groups, act, backward=True)
+    p = plan(height * width, channels, num_groups, x.element_size(), backward=True)
     dy = channels_last_like(dy, x)
     residual = None if residual is None else channels_last_like(residual, x)
     found = Gradients(x=torch.empty_like(x) if "x" in wanted else None)
@@ -380,12 +379,12 @@ def group_norm_silu_backward(
     pre_shift, scale, shift = rows(pre_shift), rows(scale), rows(shift)
     launch(
         _backward_kernel,
-        (channels // constants["SLAB"], n),
+        (channels // p.slab, n),
         *(x, dy, statistics, weight, bias, pre_shift, scale, shift, residual),
         *(found.x, found.pre_shift, found.scale, found.shift, partial),
         *(height * width, channels, num_groups),
         *(_row(pre_shift), _row(scale), _row(shift), grad_scale, residual_scale),
-        **constants,
+        **_constants(p, channels // num_groups, act),
     )
     if partial is not None:
         found.affine = partial.sum(dim=1)

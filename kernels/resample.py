@@ -163,17 +163,17 @@ def _op(
 
 
 @_op.register_fake
-def _(x, taps, up, scale, residual, bias, gain):  # type: ignore[no-untyped-def]
+def _(x, taps, up, scale, residual, bias, gain):
     n, channels, height, width = x.shape
     return _empty(x, (n, channels, *_out_size(height, width, up)))
 
 
-def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup(ctx, inputs, output):
     _, ctx.taps, ctx.up, ctx.scale, residual, bias, ctx.gain = inputs
     ctx.dtypes = [None if p is None else p.dtype for p in (residual, bias)]
 
 
-def _backward(ctx, dy):  # type: ignore[no-untyped-def]
+def _backward(ctx, dy):
     dx = dresidual = dbias = None
     if ctx.needs_input_grad[0]:
         factor = ctx.scale * (4.0 if ctx.up else 0.25)

@@ -231,30 +231,30 @@ def _adjoint_op(
 
 
 @_op.register_fake
-def _(x, scale, offset, size, dtype):  # type: ignore[no-untyped-def]
+def _(x, scale, offset, size, dtype):
     return _empty(x, (x.shape[0], 3, size, size), dtype)
 
 
 @_adjoint_op.register_fake
-def _(dy, scale, channels, height, width, dtype):  # type: ignore[no-untyped-def]
+def _(dy, scale, channels, height, width, dtype):
     return _empty(dy, (dy.shape[0], channels, height, width), dtype)
 
 
-def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup(ctx, inputs, output):
     x, ctx.scale, *_ = inputs
     ctx.shape, ctx.dtype = x.shape[1:], x.dtype
 
 
-def _backward(ctx, dy):  # type: ignore[no-untyped-def]
+def _backward(ctx, dy):
     return _adjoint_op(dy, ctx.scale, *ctx.shape, ctx.dtype), None, None, None, None
 
 
-def _adjoint_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _adjoint_setup(ctx, inputs, output):
     dy, ctx.scale, *_ = inputs
     ctx.size, ctx.dtype = dy.shape[-1], dy.dtype
 
 
-def _adjoint_backward(ctx, ddx):  # type: ignore[no-untyped-def]
+def _adjoint_backward(ctx, ddx):
     """The adjoint's adjoint: the op without its offset."""
     return _op(ddx, ctx.scale, [0.0] * 3, ctx.size, ctx.dtype), None, None, None, None, None
 

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import get_type_hints
@@ -12,7 +13,7 @@ import yaml
 from fastgan import config as cfg
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("fastgan", "tools", "tests", "configs", "docs", ".ci")
+FOLDERS = ("kernels", "fastgan", "tools", "tests", "benchmarks", "configs", "docs", ".ci")
 TEXT = {".py", ".md", ".yaml", ".toml", ".json", ".jsonl", ".svg", ".sbatch", ""}
 MAX_LINES = 400
 # Assembled, so that this file does not match its own pattern.
@@ -112,6 +113,16 @@ def test_the_package_does_not_import_tools_or_tests() -> None:
     assert {path: names for path, names in wrong.items() if names} == {}
 
 
+def test_kernels_stand_alone() -> None:
+    """Tensors only: torch, triton, the standard library, and apex and xformers if they exist."""
+    allowed = {"torch", "triton", "kernels", "apex", "xformers"} | sys.stdlib_module_names
+    wrong = {
+        name_of(path): {i for i in imports(path) if i.partition(".")[0] not in allowed}
+        for path in (ROOT / "kernels").glob("*.py")
+    }
+    assert len(wrong) > 10 and not any(wrong.values()), wrong
+
+
 def test_the_import_check_can_fail(tmp_path: Path) -> None:
     file = tmp_path / "x.py"
     file.write_text("def f():\n    from fastgan import build\n    import hydra.core\n")
@@ -158,15 +169,17 @@ def test_documents_name_the_experiments_that_exist() -> None:
 
 
 def test_documented_make_targets_exist() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for path in documents():
         # In code only: prose also uses the verb.
-        named = set(re.findall(r"(?:`|^)make ([a-z]+(?:-[a-z]+)*)", path.read_text(), re.MULTILINE))
+        text = path.read_text()
+        named = set(re.findall(r"(?:`|^)make ([a-z]+(?:-[a-z0-9]+)*)", text, re.MULTILINE))
         assert named <= targets, name_of(path)
 
 
 def test_documented_files_exist() -> None:
-    pattern = re.compile(r"(?<![\w/.-])(?:fastgan|tools|configs|tests|docs)/[\w/.-]+\.\w+")
+    folders = "|".join(folder for folder in FOLDERS if folder != ".ci")
+    pattern = re.compile(rf"(?<![\w/.-])(?:{folders})/[\w/.-]+\.\w+")
     for path in documents():
         # NAME stands for a name of the reader's.
         named = [name for name in pattern.findall(path.read_text()) if "NAME" not in name]

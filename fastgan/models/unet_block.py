@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastgan.models.init import FAN_IN, Init
 from fastgan.models.layers import Conv2d, GroupNorm, Linear
-from kernels import Attention, frozen_unet_block
+from kernels import Attention, Conv, frozen_unet_block
 
 
 class UNetBlock(nn.Module):
@@ -75,7 +75,7 @@ class UNetBlock(nn.Module):
             self.norm1.parameters_of_norm(),
             self.conv1.parameters_of_conv(dtype),
             **self._embedding(emb, dtype),
-            skip=self.skip.parameters_of_conv(dtype) if self._projects() else None,
+            skip=self._skip_parameters(dtype),
             resample=self.resample,
             filter=self.taps,
             gain=self.skip_scale,
@@ -83,9 +83,11 @@ class UNetBlock(nn.Module):
             attention=self._attention(dtype),
         )
 
-    def _projects(self) -> bool:
-        """Whether the skip convolves; without, it is the input, or the input resampled."""
-        return self.skip is not None and self.skip.weight is not None
+    def _skip_parameters(self, dtype: torch.dtype) -> Conv | None:
+        """None where the skip is the input itself, or the input resampled."""
+        if self.skip is None or self.skip.weight is None:
+            return None
+        return self.skip.parameters_of_conv(dtype)
 
     def _embedding(self, emb: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         # The affine map runs in the embedding's float32 and is cast where it is used.

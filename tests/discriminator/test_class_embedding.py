@@ -57,7 +57,8 @@ def test_means_by_hand(backbone):
     x = torch.from_numpy(data.pixels).float() / 127.5 - 1
     model = backbone.extractor.model
     with torch.no_grad():
-        x = ((x + 1) / 2 - backbone.mean) / backbone.std
+        mean, std = (torch.tensor(v)[:, None, None] for v in (backbone.mean, backbone.std))
+        x = ((x + 1) / 2 - mean) / std
         maps = model.blocks(
             model.bn1(model.conv_stem(F.interpolate(x, (224, 224), mode="bilinear")))
         )
