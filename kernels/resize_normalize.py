@@ -23,7 +23,7 @@ from kernels.layout import to_channels_last
 from kernels.runtime import cdiv, launch, next_power_of_2, tl, triton
 
 OP = "resize_normalize"
-# A program of the adjoint holds whole rows; images this large are no backbone's.
+# A program of the adjoint holds whole rows; larger images are no backbone's.
 LARGEST = 1024
 
 
@@ -47,7 +47,7 @@ def _interpolate(x: Tensor, size: int) -> Tensor:
 
 
 def _library(
-    x: Tensor, scale: Sequence[float], offset: Sequence[float], size: int, dtype: torch.dtype
+    x: Tensor, scale: list[float], offset: list[float], size: int, dtype: torch.dtype
 ) -> Tensor:
     """Normalised where it is small, then enlarged in `dtype` by PyTorch's operator."""
     images = zip(x.expand(-1, 3, -1, -1).split(1, dim=1), scale, offset, strict=True)
@@ -83,11 +83,10 @@ def _of_channel(offs_c, first, second, third):
 
 
 @triton.jit
-def _between(left_ptr, right_ptr, row, row_stride, of_right, mask):
-    """Row `row` of x, interpolated along its width."""
-    offset = row.to(tl.int64) * row_stride
-    left = tl.load(left_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    right = tl.load(right_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+def _between(left_ptr, pixel_stride, of_right, mask, mask_right):
+    """A row of x, interpolated along its width."""
+    left = tl.load(left_ptr, mask=mask, other=0.0).to(tl.float32)
+    right = tl.load(left_ptr + pixel_stride, mask=mask_right, other=0.0).to(tl.float32)
     return left + of_right * (right - left)
 
 
@@ -106,11 +105,11 @@ def _forward_kernel(
     offset = _of_channel(offs_c, offset0, offset1, offset2)
     across = _position(offs // 3, width, SIZE)
     left = across // (2 * SIZE)
-    right = tl.minimum(left + 1, width - 1)
     of_right = _weight(across, left + 1, SIZE)
+    # At the right border, where there is none, its share is zero.
+    mask_right = mask & (left < width - 1)
     x_ptr += n * sample_stride + offs_c.to(tl.int64) * channel_stride
-    left_ptr = x_ptr + left.to(tl.int64) * pixel_stride
-    right_ptr = x_ptr + right.to(tl.int64) * pixel_stride
+    x_ptr += left.to(tl.int64) * pixel_stride
 
     y_ptr += n * SIZE * SIZE * 3 + offs
     begin = tl.program_id(1) * ROWS
@@ -122,9 +121,10 @@ def _forward_kernel(
         top = down // (2 * SIZE)
         # Enlarging, several rows of y lie between the same two rows of x.
         if top != seen:
-            bottom = tl.minimum(top + 1, height - 1)
-            upper = _between(left_ptr, right_ptr, top, row_stride, of_right, mask)
-            lower = _between(left_ptr, right_ptr, bottom, row_stride, of_right, mask)
+            top_ptr = x_ptr + top.to(tl.int64) * row_stride
+            bottom_ptr = x_ptr + tl.minimum(top + 1, height - 1).to(tl.int64) * row_stride
+            upper = _between(top_ptr, pixel_stride, of_right, mask, mask_right)
+            lower = _between(bottom_ptr, pixel_stride, of_right, mask, mask_right)
             seen = top
         y = upper + _weight(down, top + 1, SIZE) * (lower - upper)
         y = (y * scale + offset).to(y_ptr.dtype.element_ty)
@@ -141,7 +141,7 @@ def _adjoint_kernel(
     offs = tl.arange(0, BLOCK)
     mask = offs < 3 * SIZE
     dy_ptr += n * SIZE * SIZE * 3 + offs
-    # Down first, along whole rows of dy ...
+    # Along the height first, whole rows of dy at a time ...
     total = tl.zeros((BLOCK,), tl.float32)
     first, stop = _window(iy, height, SIZE)
     for oy in tl.range(first, stop, loop_unroll_factor=4):
@@ -149,7 +149,7 @@ def _adjoint_kernel(
         total += _weight(_position(oy, height, SIZE), iy, SIZE) * dy
     total *= _of_channel(offs % 3, scale0, scale1, scale2)
 
-    # ... then across the one that is left, [taps, elements of dx]; a grey pixel taps all channels.
+    # ... then along the width, [taps, elements of dx]; a grey pixel's taps are of all channels.
     offs_x, tap = tl.arange(0, ROW), tl.arange(0, TAPS)[:, None]
     ix = offs_x // CHANNELS
     first, stop = _window(ix, width, SIZE)
@@ -187,21 +187,23 @@ def _plan(size: int, width: int, channels: int) -> tuple[dict[str, int], dict[st
 
 
 def resize_normalize_forward(
-    x: Tensor, scale: Sequence[float], offset: Sequence[float], size: int, dtype: torch.dtype
+    x: Tensor, scale: list[float], offset: list[float], size: int, dtype: torch.dtype
 ) -> Tensor:
     """scale B(x) + offset in `dtype`, [N, 3, size, size]; x in any layout."""
     n, channels, height, width = x.shape
     y = _empty(x, (n, 3, size, size), dtype)
-    strides = list(x.expand(-1, 3, -1, -1).stride())
     constants, _ = _plan(size, width, channels)
-    grid = (cdiv(3 * size, constants["BLOCK"]), cdiv(size, constants["ROWS"]), n)
-    arguments = (x, y, *strides, height, width, *scale, *offset)
-    launch(_forward_kernel, grid, *arguments, **constants)
+    launch(
+        _forward_kernel,
+        (cdiv(3 * size, constants["BLOCK"]), cdiv(size, constants["ROWS"]), n),
+        *(x, y, *x.expand(-1, 3, -1, -1).stride(), height, width, *scale, *offset),
+        **constants,
+    )
     return y
 
 
 def resize_normalize_adjoint(
-    dy: Tensor, scale: Sequence[float], channels: int, height: int, width: int, dtype: torch.dtype
+    dy: Tensor, scale: list[float], channels: int, height: int, width: int, dtype: torch.dtype
 ) -> Tensor:
     """B^T(scale dy) in `dtype`, [N, channels, height, width]; the sum over dy's channels if 1."""
     dy = to_channels_last(dy)
@@ -216,18 +218,12 @@ def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
 
 
-@torch.library.custom_op("fastgan::resize_normalize", mutates_args=())
-def _op(
-    x: Tensor, scale: list[float], offset: list[float], size: int, dtype: torch.dtype
-) -> Tensor:
-    return resize_normalize_forward(x, scale, offset, size, dtype)
-
-
-@torch.library.custom_op("fastgan::resize_normalize_adjoint", mutates_args=())
-def _adjoint_op(
-    dy: Tensor, scale: list[float], channels: int, height: int, width: int, dtype: torch.dtype
-) -> Tensor:
-    return resize_normalize_adjoint(dy, scale, channels, height, width, dtype)
+_op = torch.library.custom_op(
+    "fastgan::resize_normalize", resize_normalize_forward, mutates_args=()
+)
+_adjoint_op = torch.library.custom_op(
+    "fastgan::resize_normalize_adjoint", resize_normalize_adjoint, mutates_args=()
+)
 
 
 @_op.register_fake
