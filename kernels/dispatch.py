@@ -154,14 +154,11 @@ def _parse(setting: str, origin: str) -> dict[str, str]:
     for entry in setting.split(","):
         op, separator, wanted = entry.strip().rpartition("=")
         allowed = IMPLEMENTATIONS.get(op, ()) if separator else GENERAL
+        where = f"in {origin}={setting}"
         if separator and not allowed:
-            raise ValueError(
-                f"no op {op!r}, in {origin}={setting}, one of {_list(IMPLEMENTATIONS)}"
-            )
-        if wanted not in (*allowed, "auto"):
-            raise ValueError(
-                f"no {entry.strip()!r}, in {origin}={setting}, one of {_list(allowed)}"
-            )
+            raise ValueError(f"no op {op!r}, {where}, one of {_list(IMPLEMENTATIONS)} is")
+        if wanted not in ("auto", *allowed):
+            raise ValueError(f"no {wanted!r}, {where}, one of {_list(('auto', *allowed))} would do")
         parsed[op if separator else "*"] = wanted
     return parsed
 
