@@ -116,17 +116,19 @@ class Conv2d(nn.Module):
     def parameters_of_conv(self, dtype: torch.dtype) -> Conv:
         """Weight and bias in `dtype`, as the fused ops take them.
 
-        A frozen pair on a GPU is cast and laid out channels_last once, not at every use.
+        A frozen pair is cast, and laid out channels_last on a GPU, once and not at every use.
         """
         weight, bias = self.weight, self.bias
         assert weight is not None and bias is not None, "kernel 0 only resamples"
         trains = weight.requires_grad or bias.requires_grad
-        if trains or not weight.is_cuda or torch.compiler.is_compiling():
+        as_it_is = weight.dtype == dtype and not weight.is_cuda
+        if trains or as_it_is or torch.compiler.is_compiling():
             return Conv(weight.to(dtype), bias.to(dtype))
         # In-place changes (a loaded checkpoint) and moves to another device make a new copy.
         key = (dtype, weight.data_ptr(), weight._version, bias.data_ptr(), bias._version)
         if self._cast is None or self._cast[0] != key:
-            copy = weight.detach().to(dtype, memory_format=torch.channels_last)
+            layout = torch.channels_last if weight.is_cuda else torch.preserve_format
+            copy = weight.detach().to(dtype, memory_format=layout)
             self._cast = (key, Conv(copy, bias.detach().to(dtype)))
         return self._cast[1]
 

@@ -62,7 +62,7 @@ class Precond(nn.Module):
         """Denoises x [N, C, H, W] at sigma [N] or [1]; labels one-hot [N, label_dim] or None."""
         x = at_least_float32(x)
         sigma = sigma.to(x.dtype).reshape(-1, 1, 1, 1)
-        scaled = (self.c_in(sigma) * x).to(self._dtype())
+        scaled = self._for_unet(self.c_in(sigma) * x)
         raw = self.model(
             scaled, self._noise_label(sigma, len(x)), self._labels(class_labels), augment_labels
         )
@@ -75,8 +75,13 @@ class Precond(nn.Module):
         """
         level = torch.full((len(x), 1, 1, 1), sigma, dtype=x.dtype, device=x.device)
         emb = self.model.embed(self._noise_label(level, len(x)), self._labels(class_labels))
-        _, skips = self.model.encode((self.c_in(level) * x).to(self._dtype()), emb)
+        _, skips = self.model.encode(self._for_unet(self.c_in(level) * x), emb)
         return list({skip.shape[-1]: skip for skip in skips}.values())
+
+    def _for_unet(self, x: Tensor) -> Tensor:
+        # What follows keeps the layout: on a GPU every convolution and kernel wants channels_last.
+        layout = torch.channels_last if x.is_cuda else torch.preserve_format
+        return x.to(self._dtype(), memory_format=layout)
 
     def _dtype(self) -> torch.dtype:
         return self.compute_dtype or next(self.model.parameters()).dtype

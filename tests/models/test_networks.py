@@ -1,5 +1,6 @@
 """Properties of the networks that no golden file covers."""
 
+import copy
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from fastgan.errors import UserError
 from fastgan.models import network_from_config
 from fastgan.models.freeze import freeze, is_frozen
 from fastgan.models.init import XAVIER, Init
+from fastgan.models.layers import Conv2d
 from fastgan.models.unet_block import UNetBlock
 from tests.conftest import live_network
 
@@ -156,3 +158,21 @@ def test_bad_configs_are_refused_by_name(change: dict, named: str) -> None:
     with pytest.raises(UserError, match=named) as refused:
         network_from_config({**SONG, **change})
     assert "\n" not in str(refused.value)
+
+
+def test_a_frozen_weight_is_cast_once() -> None:
+    conv = Conv2d(4, 4, 3).requires_grad_(False)
+    first = conv.parameters_of_conv(torch.bfloat16)
+    assert first.weight.dtype == torch.bfloat16
+    assert conv.parameters_of_conv(torch.bfloat16) is first
+    with torch.no_grad():
+        conv.weight.add_(1)
+    again = conv.parameters_of_conv(torch.bfloat16)
+    assert torch.equal(again.weight, conv.weight.bfloat16())
+    assert set(conv.state_dict()) == {"weight", "bias"}
+    twin = copy.deepcopy(conv)
+    with torch.no_grad():
+        twin.bias.add_(1)
+    assert torch.equal(twin.parameters_of_conv(torch.bfloat16).bias, twin.bias.bfloat16())
+    conv.requires_grad_(True)
+    assert conv.parameters_of_conv(torch.bfloat16).weight.requires_grad
