@@ -94,7 +94,7 @@ def choose(op: str, device_type: str, dtype: torch.dtype) -> Choice:
 
 def _automatic(op: str, device_type: str, dtype: torch.dtype) -> Choice:
     if device_type in ("cpu", "meta"):
-        return Choice("reference", f"{device_type} tensors")
+        return Choice("reference", "not on a GPU")
     if dtype not in FLOATS:
         return Choice("reference", f"{_name(dtype)} is for checking")
     best = IMPLEMENTATIONS[op][0]

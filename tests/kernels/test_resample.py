@@ -20,6 +20,7 @@ SHAPES = {
     "two pixels a side": (3, 16, 2, 2),
     "not square": (2, 24, 4, 10),
     "several tiles": (1, 80, 16, 16),
+    "one unit of channels": (1, 8, 4, 4),
 }
 FILTERS = ([1, 1], [1, 3, 3, 1], [1, 2])
 DIRECTIONS = [pytest.param(True, id="up"), pytest.param(False, id="down")]
@@ -109,6 +110,16 @@ def test_other_layouts_are_copied(layout: str) -> None:
     )
 
 
+@pytest.mark.parametrize("bias", ["strided", "expanded"])
+def test_the_op_itself_takes_any_layout(bias: str) -> None:
+    """Compiled graphs call the op past the public function, with the strides they like."""
+    x, residual = torch.randn(2, 8, 4, 6, device=DEVICE), torch.randn(2, 8, 8, 12, device=DEVICE)
+    other = {"strided": torch.randn(16, device=DEVICE)[::2], "expanded": x[0, 0, 0, :1].expand(8)}
+    found = torch.ops.fastgan.resample2x(x, [1.0, 1.0], True, 1.0, residual, other[bias], 0.7)
+    expected = resample2x_ref(x, [1, 1], up=True, residual=residual, bias=other[bias], gain=0.7)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
 def test_any_layout_of_the_incoming_gradient() -> None:
     x = torch.randn(1, 8, 4, 4, device=DEVICE).requires_grad_()
     dense = torch.randn(1, 8, 8, 8, device=DEVICE)
@@ -148,7 +159,6 @@ def test_gradcheck_of_the_definition() -> None:
 def test_opcheck() -> None:
     inputs = make("odd channels", True, torch.float32, with_residual=True)
     x, residual, bias = (value.requires_grad_() for value in inputs.values())
-    residual = residual.detach().to(memory_format=torch.channels_last).requires_grad_()
     arguments = (x, [1.0, 3.0, 3.0, 1.0], True, 1.0, residual, bias, 0.7)
     torch.library.opcheck(torch.ops.fastgan.resample2x, arguments)
 
@@ -174,6 +184,7 @@ def test_the_same_bits_every_time() -> None:
         ({"x": torch.zeros(2, 8, 5, 4), "up": False}, "x is 5 x 4, even sides would halve"),
         ({"residual": torch.zeros(2, 8, 4, 4)}, r"residual has shape \[2, 8, 4, 4\]"),
         ({"bias": torch.zeros(7)}, r"bias has shape \[7\], \[8\] would fit x"),
+        ({"bias": torch.zeros(8)}, "bias has no residual"),
         ({"x": torch.zeros(8, 4, 4)}, r"x has shape \[8, 4, 4\]"),
     ],
 )

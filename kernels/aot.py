@@ -1,0 +1,316 @@
+"""Compiles every kernel for GPUs that are not there: python -m kernels.aot
+
+Calls each op's launcher on tensors without memory, records what it would start on a GPU
+(`runtime.recording`) and compiles exactly these launches for sm_80 (A100) and sm_90 (H100, H200).
+The table tells what the compiler made of them; with --check what is not good enough is an error.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import runtime
+from kernels.add import add_scaled
+from kernels.norm_silu_triton import group_norm_silu_backward, group_norm_silu_forward
+from kernels.resample import resample2x_launch
+from kernels.resize_normalize import resize_normalize_adjoint, resize_normalize_forward
+from kernels.runtime import Launch
+from kernels.shapes import NETWORKS, Network, Norm
+
+ARCHITECTURES = ("sm_80", "sm_90")
+# Shared memory that one program may use, in bytes: 163 KiB on A100, 227 KiB on H100.
+SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448}
+DTYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the compiler made of one launch; `wide_loads`: whether it reads 16 bytes at a time."""
+
+    kernel: str
+    arch: str
+    shape: list[int]
+    dtype: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    tensor_core: str | None
+    seconds: float
+    wide_loads: bool
+
+
+@dataclass(frozen=True)
+class Build:
+    """A launch as Triton's compiler takes it: types and constants by argument, no tensors."""
+
+    module: str
+    kernel: str
+    shape: tuple[int, ...]
+    dtype: str
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[str, ...]
+    num_warps: int
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Builds of one key are one program."""
+        return (
+            self.module,
+            self.kernel,
+            self.types,
+            self.constants,
+            self.divisible,
+            self.num_warps,
+        )
+
+    @property
+    def label(self) -> str:
+        """`resize_normalize.adjoint`: where it is, and which kernel there."""
+        module = self.module.removesuffix("_triton")
+        name = self.kernel.strip("_").removesuffix("kernel").strip("_")
+        return f"{module}.{name}" if name not in ("", module) else module
+
+
+def builds(dtypes: Iterable[torch.dtype]) -> list[Build]:
+    """Every launch of the published networks' training step, each program once."""
+    found: dict[tuple[Any, ...], Build] = {}
+    for dtype in dtypes:
+        for shape, launch in _launches(dtype):
+            build = _specialised(launch, shape, DTYPES[dtype])
+            found.setdefault(build.key, build)
+    return list(found.values())
+
+
+def _launches(dtype: torch.dtype) -> Iterator[tuple[tuple[int, ...], Launch]]:
+    for network in NETWORKS:
+        n = network.batch
+        for norm in network.norms():
+            yield from _of_norm(_image(n, norm.channels, norm.size, dtype), norm)
+        for channels, size, direction in network.resamplings():
+            yield from _of_resampling(_image(n, channels, size, dtype), network, direction)
+        for channels, size in {(b.cout, b.out_size): None for b in network.blocks}:
+            x, bias = _image(n, channels, size, dtype), torch.empty(channels, device="meta")
+            with runtime.recording() as launches:
+                add_scaled(x, x, bias, 0.5)
+            yield from ((tuple(x.shape), launch) for launch in launches)
+        yield from _of_resize(_image(n, 3, network.resolution, torch.float32), dtype)
+
+
+def _of_norm(x: Tensor, norm: Norm) -> Iterator[tuple[tuple[int, ...], Launch]]:
+    n, channels = x.shape[:2]
+    weight = torch.empty(channels, device="meta")
+    rows = torch.empty(n, channels, dtype=x.dtype, device="meta")
+    names = norm.embedding.split()
+    pre_shift, scale, shift = (
+        rows if name in names else None for name in ("pre_shift", "scale", "shift")
+    )
+    statistics = torch.empty(2, n, norm.groups, device="meta")
+    wanted = frozenset({"x", "affine", *names})
+    with runtime.recording() as launches:
+        group_norm_silu_forward(
+            x, norm.groups, weight, weight, 1e-5, pre_shift, scale, shift, norm.act
+        )
+        for residual in (None, x):
+            group_norm_silu_backward(
+                x,
+                x,
+                statistics,
+                norm.groups,
+                weight,
+                weight,
+                pre_shift,
+                scale,
+                shift,
+                norm.act,
+                wanted,
+                residual=residual,
+            )
+    yield from ((tuple(x.shape), launch) for launch in launches)
+
+
+def _of_resampling(
+    x: Tensor, network: Network, direction: str
+) -> Iterator[tuple[tuple[int, ...], Launch]]:
+    up = direction == "up"
+    bias = torch.empty(x.shape[1], device="meta")
+    with runtime.recording() as launches:
+        y = resample2x_launch(x, network.filter, up, 1.0, None, None, 1.0)
+        resample2x_launch(x, network.filter, up, 1.0, y, bias, 0.5)
+        resample2x_launch(y, network.filter, not up, 1.0, None, None, 1.0)
+    yield from ((tuple(x.shape), launch) for launch in launches)
+
+
+def _of_resize(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[tuple[int, ...], Launch]]:
+    scale = [0.5] * 3
+    with runtime.recording() as launches:
+        y = resize_normalize_forward(x, scale, scale, 224, dtype)
+        resize_normalize_adjoint(y, scale, 3, x.shape[2], x.shape[3], torch.float32)
+    yield from ((tuple(x.shape), launch) for launch in launches)
+
+
+def _image(n: int, c: int, size: int, dtype: torch.dtype) -> Tensor:
+    x = torch.empty(n, c, size, size, dtype=dtype, device="meta")
+    return x.to(memory_format=torch.channels_last)
+
+
+def _specialised(launch: Launch, shape: tuple[int, ...], dtype: str) -> Build:
+    """Types and constants as Triton's JIT derives them from run-time arguments."""
+    types: dict[str, str] = {}
+    constants, divisible = dict(launch.constants), []
+    for name, value in zip(launch.kernel.arg_names, launch.args, strict=False):
+        if value is None or (type(value) is int and value == 1):
+            constants[name] = value
+        elif isinstance(value, Tensor):
+            types[name] = f"*{DTYPES[value.dtype]}"
+            divisible.append(name)
+        elif isinstance(value, float):
+            types[name] = "fp32"
+        else:
+            types[name] = "i32" if abs(value) < 2**31 else "i64"
+            divisible += [name] if value % 16 == 0 else []
+    signature = [(name, types.get(name, "constexpr")) for name in launch.kernel.arg_names]
+    return Build(
+        module=launch.kernel.fn.__module__.rpartition(".")[2],
+        kernel=launch.kernel.fn.__name__,
+        shape=shape,
+        dtype=dtype,
+        types=tuple(signature),
+        constants=tuple(sorted(constants.items())),
+        divisible=tuple(divisible),
+        num_warps=launch.num_warps,
+    )
+
+
+def compile_build(job: tuple[Build, str]) -> Row:
+    """One build for one architecture (runs in a worker process)."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    build, arch = job
+    function = getattr(importlib.import_module(f"kernels.{build.module}"), build.kernel)
+    position = {name: (i,) for i, name in enumerate(function.arg_names)}
+    source = ASTSource(
+        function,
+        dict(build.types),
+        {position[name]: value for name, value in build.constants},
+        {position[name]: [["tt.divisibility", 16]] for name in build.divisible},
+    )
+    start = time.perf_counter()
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": build.num_warps})
+    seconds = time.perf_counter() - start
+    registers, stack, static = _resources(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    return Row(
+        kernel=build.label,
+        arch=arch,
+        shape=list(build.shape),
+        dtype=build.dtype,
+        registers=registers,
+        spill_bytes=stack,
+        shared_bytes=max(static, compiled.metadata.shared),
+        tensor_core="wgmma" if "wgmma" in ptx else "mma" if "mma.sync" in ptx else None,
+        seconds=round(seconds, 2),
+        wide_loads=bool(re.search(r"ld\.global\S*\.v(4\.b32|2\.b64)", ptx)),
+    )
+
+
+def _resources(cubin: bytes) -> tuple[int, int, int]:
+    """Registers a thread, bytes of stack and local memory a thread, bytes of shared memory."""
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(folder / "cuobjdump"), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+    return usage["REG"], usage["STACK"] + usage["LOCAL"], usage["SHARED"]
+
+
+def problems(rows: Iterable[Row]) -> list[str]:
+    """What would make a kernel slow or unable to start, a line each."""
+    found = []
+    for row in rows:
+        what = f"{row.kernel} for {row.arch}, {row.dtype} {row.shape}"
+        if row.spill_bytes:
+            found.append(f"{what}: {row.spill_bytes} bytes of registers spilled")
+        if row.shared_bytes > SHARED_BYTES[row.arch]:
+            found.append(f"{what}: {row.shared_bytes} bytes of shared memory")
+        if not row.wide_loads and row.kernel != "resize_normalize.forward":
+            found.append(f"{what}: no 16-byte loads")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="a JSON list on stdout")
+    parser.add_argument("--check", action="store_true", help="exit 1 with the problems found")
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPES.values(), default=list(DTYPES.values())
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+    if not runtime.HAS_TRITON or runtime.INTERPRETED:
+        why = "TRITON_INTERPRET=1 is set" if runtime.HAS_TRITON else "triton is not installed"
+        print(f"error: nothing to compile with, {why}, triton without it would do", file=sys.stderr)
+        return 1
+    dtypes = [dtype for dtype, name in DTYPES.items() if name in options.dtype]
+    jobs = [
+        (build, arch)
+        for build in builds(dtypes)
+        if options.kernel in build.label
+        for arch in options.arch
+    ]
+    rows = []
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        for row in pool.map(compile_build, jobs, chunksize=4):
+            rows.append(row)
+            if len(rows) % 100 == 0 or len(rows) == len(jobs):
+                print(f"{len(rows)} of {len(jobs)} compiled", file=sys.stderr, flush=True)
+    if options.json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+    elif not options.check:
+        _print_table(rows)
+    wrong = problems(rows) if options.check else []
+    for line in wrong:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _print_table(rows: list[Row]) -> None:
+    print("kernel                     arch   dtype shape                regs spill  shared wide  s")
+    for r in rows:
+        print(
+            f"{r.kernel:26} {r.arch:6} {r.dtype:5} {r.shape!s:20} {r.registers:4} "
+            f"{r.spill_bytes:5} {r.shared_bytes:7} {'yes' if r.wide_loads else 'no':4} {r.seconds}"
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

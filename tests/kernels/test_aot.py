@@ -1,0 +1,132 @@
+"""Compiling ahead of time: what the compiler made of kernels, on a machine without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.aot import Row, builds, problems
+from kernels.shapes import NETWORKS
+
+ROOT = Path(__file__).resolve().parents[2]
+GOOD = Row(
+    kernel="norm_silu.forward",
+    arch="sm_80",
+    shape=[64, 256, 32, 32],
+    dtype="bf16",
+    registers=64,
+    spill_bytes=0,
+    shared_bytes=2048,
+    tensor_core=None,
+    seconds=0.3,
+    wide_loads=True,
+)
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: here the kernels are the interpreter's."""
+    without = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "kernels.aot", *arguments],
+        capture_output=True,
+        text=True,
+        env=without | environment,
+        cwd=ROOT,
+    )
+
+
+def test_every_kernel_of_every_network_is_built() -> None:
+    found = builds([torch.bfloat16])
+    assert {build.label for build in found} == {
+        "add",
+        "norm_silu.forward",
+        "norm_silu.backward",
+        "resample",
+        "resize_normalize.forward",
+        "resize_normalize.adjoint",
+    }
+    assert len({build.key for build in found}) == len(found)
+    # One program serves several shapes; none of the kinds of groups is left out.
+    groups = {dict(b.constants)["GROUP"] for b in found if b.label == "norm_silu.forward"}
+    expected = {norm.channels // norm.groups for net in NETWORKS for norm in net.norms()}
+    assert groups == expected and {6, 18, 36, 42} <= groups
+
+
+def test_arguments_are_specialised_as_triton_does() -> None:
+    build = next(b for b in builds([torch.float16]) if b.label == "add")
+    types, constants = dict(build.types), dict(build.constants)
+    assert types["a_ptr"] == "*fp16" and types["bias_ptr"] == "*fp32"
+    assert types["channels"] == "i32" and "channels" in build.divisible
+    assert types["gain"] == "fp32" and types["BLOCK"] == "constexpr"
+    assert constants["BLOCK"] == 4096
+
+
+def test_a_subset_compiles_and_is_good(tmp_path: Path) -> None:
+    """From an empty cache; `make aot` compiles everything."""
+    done = command(
+        "--json", "--check", "--kernel", "resize", "--dtype", "bf16", TRITON_CACHE_DIR=str(tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert {row["arch"] for row in rows} == {"sm_80", "sm_90"}
+    assert {row["kernel"] for row in rows} == {
+        "resize_normalize.forward",
+        "resize_normalize.adjoint",
+    }
+    for row in rows:
+        assert row.keys() == {field.name for field in fields(Row)}
+        assert 16 <= row["registers"] <= 255 and row["seconds"] > 0
+
+
+def test_norms_at_their_largest_compile_without_spills() -> None:
+    """Those that hold most: one read of 32 x 32, a sweep, a slab wider than 128, in bf16."""
+    wanted = {(256, 32), (192, 64), (1344, 16)}
+    chosen = [
+        build
+        for build in builds([torch.bfloat16])
+        if build.label.startswith("norm_silu") and (build.shape[1], build.shape[2]) in wanted
+    ]
+    assert len(chosen) >= 6
+    program = (
+        "import json, sys; from dataclasses import asdict; from kernels import aot; import torch\n"
+        "keys = sys.argv[1:]\n"
+        "jobs = [(b, 'sm_90') for b in aot.builds([torch.bfloat16]) if repr(b.key) in keys]\n"
+        "print(json.dumps([asdict(aot.compile_build(job)) for job in jobs]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *(repr(build.key) for build in chosen)],
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [Row(**row) for row in json.loads(done.stdout)]
+    assert len(rows) == len(chosen) and problems(rows) == []
+
+
+@pytest.mark.parametrize(
+    ("defect", "message"),
+    [
+        ({"spill_bytes": 8}, "8 bytes of registers spilled"),
+        ({"shared_bytes": 170_000}, "170000 bytes of shared memory"),
+        ({"wide_loads": False}, "no 16-byte loads"),
+    ],
+)
+def test_planted_defects_are_found(defect: dict, message: str) -> None:
+    assert problems([GOOD]) == []
+    (line,) = problems([GOOD, replace(GOOD, **defect)])
+    assert message in line and "norm_silu.forward for sm_80, bf16 [64, 256, 32, 32]" in line
+    larger = replace(GOOD, arch="sm_90", shared_bytes=170_000)
+    assert problems([larger]) == []
+
+
+def test_the_interpreter_cannot_compile() -> None:
+    done = command(TRITON_INTERPRET="1")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
