@@ -14,7 +14,7 @@ from pathlib import Path
 from fastgan.errors import ArgumentParser, UserError, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("fastgan", "configs", "tests", "tools", "pyproject.toml")
+COPIED = ("kernels", "fastgan", "configs", "tests", "tools", "pyproject.toml")
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ MUTANTS = (
     ),
     Mutant(
         "no skip scale after the residual branch",
-        "fastgan/models/unet_block.py",
-        "(x if self.skip is None else self.skip(x))) * self.skip_scale",
-        "(x if self.skip is None else self.skip(x)))",
+        "kernels/frozen_block.py",
+        "return (h + (x if skip is None else convolve(x, skip))) * gain",
+        "return h + (x if skip is None else convolve(x, skip))",
         f"{GOLDEN}[ddpmpp_cond_edm.npz]",
     ),
     Mutant(
@@ -74,10 +74,87 @@ MUTANTS = (
     ),
     Mutant(
         "q, k, v stacked instead of interleaved",
-        "fastgan/models/unet_block.py",
-        "qkv.reshape(n * num_heads, depth, 3, height * width).unbind(2)",
-        "qkv.reshape(n * num_heads, 3, depth, height * width).unbind(1)",
+        "kernels/attention.py",
+        "qkv.reshape(n * heads, depth, 3, height * width).unbind(2)",
+        "qkv.reshape(n * heads, 3, depth, height * width).unbind(1)",
         f"{GOLDEN}[unet_block_adm_two_heads.npz]",
+    ),
+    Mutant(
+        "group norm's backward without the mean of dz xhat",
+        "kernels/norm_silu_triton.py",
+        "- m1[None, :] - xhat * m2[None, :])",
+        "- m1[None, :])",
+        "tests/kernels/test_norm_silu.py::test_as_accurate_as_plain_pytorch",
+    ),
+    Mutant(
+        "pre_shift's gradient without the sum of xhat",
+        "kernels/norm_silu_triton.py",
+        "(a * sum_dz - m1 * pixels - m2 * sum_xhat)",
+        "(a * sum_dz - m1 * pixels)",
+        "tests/kernels/test_norm_silu.py::test_as_accurate_as_plain_pytorch",
+    ),
+    Mutant(
+        "deviations of the positions not merged with those of the means",
+        "kernels/norm_silu_triton.py",
+        "tl.sum(deviations + away * away * count, axis=0)",
+        "tl.sum(deviations, axis=0)",
+        "tests/kernels/test_norm_silu.py::test_as_accurate_as_plain_pytorch",
+    ),
+    Mutant(
+        "variance as the mean square minus the squared mean",
+        "kernels/norm_silu_triton.py",
+        "        squares = tl.sum(away * away, axis=0)",
+        "        squares = tl.sum(tl.where(mask, u * u, 0.0), axis=0) - total * total * pixels",
+        "tests/kernels/test_norm_silu.py::test_large_mean_small_deviation",
+    ),
+    Mutant(
+        "pixels beyond the image counted in xhat",
+        "kernels/norm_silu_triton.py",
+        "tl.where(mask, (u - mean[None, :]) * rstd[None, :], 0.0)",
+        "(u - mean[None, :]) * rstd[None, :]",
+        "tests/kernels/test_norm_silu.py::test_as_accurate_as_plain_pytorch",
+    ),
+    Mutant(
+        "the block's skip gradient without the gain",
+        "kernels/frozen_block.py",
+        "residual_scale=i.gain",
+        "residual_scale=1.0",
+        "tests/kernels/test_frozen_block.py::test_as_accurate_as_plain_pytorch",
+    ),
+    Mutant(
+        "the block keeps what its first convolution saw",
+        "kernels/frozen_block.py",
+        "ctx.save_for_backward(h, statistics0, statistics1, *inputs[:14])",
+        "ctx.save_for_backward(h, statistics0, statistics1, *inputs[:14], h + 1, h + 2)",
+        "tests/kernels/test_frozen_block.py::test_keeps_at_most_40_percent_of_eager",
+    ),
+    Mutant(
+        "conv0's bias forgotten where it enters norm1",
+        "kernels/frozen_block.py",
+        "bias if i.pre_shift is None else bias + i.pre_shift.float()",
+        "0 * bias if i.pre_shift is None else i.pre_shift.float()",
+        "tests/kernels/test_frozen_block.py::test_as_accurate_as_plain_pytorch",
+    ),
+    Mutant(
+        "frozen convolution keeps its input",
+        "kernels/frozen_conv.py",
+        "    ctx.save_for_backward(weight, flipped)\n\n\ndef _backward",
+        "    ctx.save_for_backward(weight, flipped, x)\n\n\ndef _backward",
+        "tests/kernels/test_frozen_conv.py::test_keeps_nothing_but_the_weight",
+    ),
+    Mutant(
+        "R1 on ops without a second derivative",
+        "fastgan/training/step.py",
+        "            with twice_differentiable():",
+        "            if True:",
+        "tests/training/test_step_on_kernels.py",
+    ),
+    Mutant(
+        "a kernel that forgets its last partial tile",
+        "kernels/norm_silu_triton.py",
+        "mask = (offs_p < pixels)[:, None] & mask_c[None, :]",
+        "mask = (offs_p < pixels - 1)[:, None] & mask_c[None, :]",
+        "tests/kernels/test_norm_silu.py::test_as_accurate_as_plain_pytorch",
     ),
     Mutant(
         "the attention output convolution trains",
