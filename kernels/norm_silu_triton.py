@@ -158,7 +158,7 @@ def _dz_and_xhat(
     """The gradient in front of the activation and the normalised input, of one tile."""
     u = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + before[None, :]
     dz = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32) * grad_scale
-    xhat = tl.where(mask, (u - mean[None, :]) * rstd[None, :], 0.0)
+    xhat = (u - mean[None, :]) * rstd[None, :]
     if ACT:
         z = a[None, :] * xhat + b[None, :]
         sigmoid = tl.sigmoid(z)
@@ -206,7 +206,7 @@ def _backward_kernel(
             x_ptr, dy_ptr, offs, mask, before, mean, rstd, a, b, grad_scale, ACT
         )  # fmt: skip
         sum_dz, sum_dz_xhat = tl.sum(dz, axis=0), tl.sum(dz * xhat, axis=0)
-        sum_xhat = tl.sum(xhat, axis=0)
+        sum_xhat = tl.sum(tl.where(mask, xhat, 0.0), axis=0)
     else:
         all_dz = tl.zeros((BLOCK, SLAB_PAD), tl.float32)
         all_dz_xhat, all_xhat = all_dz, all_dz
@@ -217,7 +217,7 @@ def _backward_kernel(
             )  # fmt: skip
             all_dz += dz
             all_dz_xhat += dz * xhat
-            all_xhat += xhat
+            all_xhat += tl.where(mask, xhat, 0.0)
         sum_dz, sum_dz_xhat = tl.sum(all_dz, axis=0), tl.sum(all_dz_xhat, axis=0)
         sum_xhat = tl.sum(all_xhat, axis=0)
     m1 = _group_totals(a * sum_dz, GROUP, SLAB, SLAB_PAD) / (GROUP * pixels)
@@ -288,7 +288,7 @@ def plan(pixels: int, channels: int, groups: int, itemsize: int, *, backward: bo
     if tile(slab) * itemsize <= 32768 and slab <= 128:
         per_warp = 1024 if backward and itemsize == 2 else 512
         return Plan(slab, block, True, max(1, tile(slab) // per_warp))
-    warps = 8 if backward else 16
+    warps = 8 if backward and slab <= 64 else 16
     return Plan(slab, max(1, 256 * warps // next_power_of_2(slab)), False, warps)
 
 

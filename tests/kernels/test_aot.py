@@ -130,3 +130,43 @@ def test_the_interpreter_cannot_compile() -> None:
     done = command(TRITON_INTERPRET="1")
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+NASTY = """
+import sys
+sys.path.insert(0, "tests/kernels")
+import torch
+from kernels import aot, runtime
+from kernels.norm_silu_triton import group_norm_silu_backward, group_norm_silu_forward
+from test_norm_silu import SHAPES
+
+done = set()
+for n, c, h, w, groups in SHAPES.values():
+    x = torch.empty(n, c, h, w, device="meta").to(memory_format=torch.channels_last)
+    row, statistics = torch.empty(n, c, device="meta"), torch.empty(2, n, groups, device="meta")
+    given = (None, None, row, row, row, True)
+    every = frozenset({"x", "affine", "pre_shift", "scale", "shift"})
+    with runtime.recording() as launches:
+        group_norm_silu_forward(x, groups, None, None, 1e-5, row, row, None, False)
+        group_norm_silu_backward(x, x, statistics, groups, *given, every)
+        group_norm_silu_backward(x, x, statistics, groups, *given, frozenset({"affine"}))
+    for launch in launches:
+        build = aot._specialised(launch, (n, c, h, w), "fp32")
+        if build.key not in done:
+            done.add(build.key)
+            aot.compile_build((build, "sm_90"))
+print(len(done))
+"""
+
+
+def test_the_compiler_takes_what_the_interpreter_took() -> None:
+    """One pixel, one channel, one group: arguments of 1 become constants, which few kernels see."""
+    done = subprocess.run(
+        [sys.executable, "-c", NASTY],
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 40

@@ -90,6 +90,14 @@ def test_one_row_by_hand() -> None:
     assert up.tolist() == [6.0, 6.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0]
 
 
+def test_the_sum_with_the_residual_is_rounded_once() -> None:
+    """A mean of 1 + 2^-12, which float16 would round to 1, less 1."""
+    x = torch.ones(1, 8, 2, 2, dtype=torch.float16, device=DEVICE)
+    x[:, :, 1, 1] += 2**-10
+    y = resample2x(x, [1, 1], up=False, residual=-torch.ones_like(x[:, :, :1, :1]))
+    assert torch.equal(y, torch.full_like(y, 2**-12))
+
+
 @pytest.mark.parametrize("up", DIRECTIONS)
 def test_constant_images_keep_their_value_inside(up: bool) -> None:
     y = resample2x(torch.ones(1, 8, 8, 8, device=DEVICE), [1, 3, 3, 1], up=up)
