@@ -157,6 +157,13 @@ MUTANTS = (
         "tests/kernels/test_norm_silu.py::test_as_accurate_as_plain_pytorch",
     ),
     Mutant(
+        "the adjoint of going up not four times going down",
+        "kernels/resample.py",
+        "(4.0 if ctx.up else 0.25)",
+        "(1.0 if ctx.up else 0.25)",
+        "tests/kernels/test_resample.py::test_as_accurate_as_plain_pytorch",
+    ),
+    Mutant(
         "the attention output convolution trains",
         "fastgan/models/freeze.py",
         '("conv", "proj"),',
