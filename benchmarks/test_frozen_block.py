@@ -69,32 +69,47 @@ def exact(case: Case, t: Inputs) -> Tensor:
 
 
 def parts(case: Case, direction: str) -> Sequence[tuple[float, float]]:
-    """Our kernels in their order: norms, resampling and sums by bytes, convolutions by FLOP."""
-    b, n = _block(case), case.batch
-    before, after = n * b.size**2, n * b.out_size**2
-    x, small_or_large, y = before * b.cin, after * b.cin, after * b.cout
-    conv = [(0, 18 * after * channels * b.cout) for channels in (b.cin, b.cout)]
-    resampling = [_moved(x + small_or_large)] if b.resample else []
-    skip, along = _skip(case, min(before, after))
-    if direction == "forward":
-        # The end reads branch and skip, where it enlarges the small skip.
-        end = _moved(2 * y + along)
-        return [_moved(2 * x), *resampling, conv[0], _moved(2 * y), conv[1], *skip, end]
-    # dnorm0 adds the gradient along the skip, which the resampling's adjoint brought to x's size.
-    back = [conv[1], _moved(3 * y), conv[0], *resampling, _moved(4 * x)]
-    weight = [*skip, _moved(y)] if skip else []
-    return [*back, *skip, *weight, *([_moved(along + x)] if b.resample else [])]
-
-
-def _skip(case: Case, pixels: int) -> tuple[list[tuple[float, float]], float]:
-    """The skip's own kernels (it convolves the smaller side), and the elements of its result."""
+    """Our kernels: norms, resampling and sums by bytes, convolutions of 3 x 3 pixels by FLOP."""
     b = _block(case)
-    down = [_moved(pixels * 5 * b.cin)] if b.resample == "down" else []
+    before, after = case.batch * b.size**2, case.batch * b.out_size**2
+    x, y = before * b.cin, after * b.cout
+    convs = [(0, 18 * after * channels * b.cout) for channels in (b.cin, b.cout)]
+    resampling = [_moved((before + after) * b.cin)] if b.resample else []
+    if direction == "backward":
+        # norm0's part adds the gradient that arrives along the skip.
+        back = [*convs, *resampling, _moved(3 * y), _moved(4 * x)]
+        return back + _skip_backward(case, before, after)
+    norms_and_sum = [_moved(2 * x), _moved(2 * y), _moved(2 * y + _along(case, before, after))]
+    return [*convs, *resampling, *norms_and_sum, *_skip_forward(case, before, after)]
+
+
+def _along(case: Case, before: int, after: int) -> int:
+    """Elements of the skip that the sum reads: it resamples by itself what has not been yet."""
+    b = _block(case)
+    return min(before, after) * b.cout if case.network.projects(b) else before * b.cin
+
+
+def _skip_forward(case: Case, before: int, after: int) -> list[tuple[float, float]]:
+    """A 1 x 1 convolution on the smaller side, behind the resampling if that is the later one."""
+    b = _block(case)
     if not case.network.projects(b):
-        side = pixels * b.cin * (4 if b.resample == "down" else 1)
-        return [], side
-    conv = (DTYPE.itemsize * pixels * (b.cin + b.cout), 2 * pixels * b.cin * b.cout)
-    return [*down, conv], pixels * b.cout
+        return []
+    down = [_moved((before + after) * b.cin)] if b.resample == "down" else []
+    return [_projection(b, min(before, after)), *down]
+
+
+def _skip_backward(case: Case, before: int, after: int) -> list[tuple[float, float]]:
+    """Of input, weight (which sees the resampled input again) and bias."""
+    b = _block(case)
+    if not case.network.projects(b):
+        return [_moved((before + after) * b.cin)] if b.resample else []
+    resampled = {"": 0, "up": b.cout, "down": 2 * b.cin}[b.resample]
+    projections = 2 * [_projection(b, min(before, after))]
+    return [*projections, _moved(after * b.cout), _moved((before + after) * resampled)]
+
+
+def _projection(b: Block, pixels: int) -> tuple[float, float]:
+    return DTYPE.itemsize * pixels * (b.cin + b.cout), 2 * pixels * b.cin * b.cout
 
 
 def _moved(elements: float) -> tuple[float, float]:

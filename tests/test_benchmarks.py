@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,57 @@ def test_a_floor_adds_up_the_slower_of_bytes_and_arithmetic() -> None:
     assert chip.floor([(100, 10), (1, 3000), (50, 0)]) == pytest.approx(1 + 3 + 0.5)
 
 
+@pytest.fixture
+def ops(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The Op of every benchmark file by its name."""
+    monkeypatch.syspath_prepend(ROOT / "tests/kernels")
+    files = (ROOT / "benchmarks").glob("test_*.py")
+    found = [import_module(f"benchmarks.{path.stem}").OP for path in files]
+    return {op.name: op for op in found}
+
+
+def case(op: str, name: str) -> cases.Case:
+    (found,) = [each for each in cases.published(op) if str(each) == name]
+    return found
+
+
+def test_floors_count_what_the_ops_must_move_and_compute(ops: dict[str, Any]) -> None:
+    """Without a GPU tensors are float32: 4 bytes where the documents say 2."""
+    assert ops.keys() == set(OPS)
+    size = 4 if measure.DEVICE == "cpu" else 2
+
+    def total(op: str, name: str, direction: str) -> tuple[float, float]:
+        parts = ops[op].parts(case(op, name), direction)
+        return sum(b for b, _ in parts) / size, sum(f for _, f in parts)
+
+    norm = ("group_norm_silu", "CIFAR-10-C256-32px-pre_shift")
+    elements = 64 * 256 * 1024
+    assert total(*norm, "forward") == (2 * elements, 0)
+    assert total(*norm, "backward") == (3 * elements, 0)
+    conv = total("frozen_conv2d", "CIFAR-10-128to256-32px-3x3", "backward")
+    pixels, taps = 64 * 1024, 128 * 256 * 9
+    assert conv == (pixels * (128 + 256) + taps, 2 * pixels * taps)
+    assert total("resample2x", "FFHQ-64-C256-32px-up", "forward")[0] == 32 * 256 * 1024 * 5
+    # Two norms (read, write), the sum (two read, one written).
+    plain = ("frozen_unet_block", "CIFAR-10-256to256-32px")
+    assert total(*plain, "forward") == (7 * elements, 2 * 18 * pixels * 256**2)
+    assert total(*plain, "backward") == (7 * elements, 2 * 18 * pixels * 256**2)
+    # 128 -> 256 channels: half the elements in front, a 1 x 1 convolution (twice backward).
+    wider = ("frozen_unet_block", "CIFAR-10-128to256-32px")
+    projected = 2 * pixels * 128 * 256
+    assert total(*wider, "forward") == ((1 + 5 + 1.5) * elements, 27 * projected + projected)
+    assert total(*wider, "backward") == ((2 + 3 + 3 + 1) * elements, 27 * projected + 2 * projected)
+
+
+def test_inputs_take_turns() -> None:
+    seen: list[int] = []
+    rotation = measure.Rotation([partial(seen.append, i) for i in range(3)], "stream")
+    seen.clear()
+    for _ in range(5):
+        rotation()
+    assert seen == [0, 1, 2, 0, 1]
+
+
 def row(seconds: float, **changes: Any) -> Row:
     values: dict[str, Any] = {"op": "x", "network": "A", "shape": "s", "direction": "forward"}
     values |= {"candidate": "ours", "floor": 1.0, "rounds": 20, "count": 1, "channels": 64}
@@ -165,11 +218,14 @@ def test_shares_are_weighted_and_the_lowest_network_counts() -> None:
     assert targets.network_share(rows, "forward") == pytest.approx((3 * 1 + 4) / (3 * 2 + 10))
 
 
-def test_ratios_are_of_the_same_shape_and_direction() -> None:
+def test_candidates_are_compared_at_the_same_shape_and_direction() -> None:
     rows = [row(2.0), row(3.0, candidate="compile"), row(8.0, direction="backward")]
     rows += [row(4.0, direction="backward", candidate="compile")]
     assert targets.ratios(rows, "compile") == [1.5, 0.5]
     assert targets.ratios(targets.both_ways(rows), "compile") == [0.7]
+    sizes = [("s", "ours", 30), ("s", "compile", 60), ("t", "ours", 40), ("t", "compile", 50)]
+    blocks = [row(1.0, shape=s, candidate=name, kept_bytes=size) for s, name, size in sizes]
+    assert targets.kept(blocks) == 0.8
     assert targets.geometric_mean([2.0, 8.0]) == pytest.approx(4)
     lines = table(rows).splitlines()
     assert "| x | A s | forward | ours | 2000000.0 | 50% | 1.50 | - | 20 |" in lines
