@@ -1,14 +1,15 @@
 """python -m kernels: which implementation of each op runs here, and why."""
 
-import argparse
+import sys
 
 import torch
 
+from kernels.aot import Parser
 from kernels.dispatch import FLOATS, GENERAL, IMPLEMENTATIONS, VARIABLE, choose
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m kernels",
         description=__doc__,
         epilog=f"{VARIABLE} takes one of auto, {', '.join(GENERAL)} for all ops, or op=name,... "
@@ -23,6 +24,9 @@ def main() -> int:
                 choice = _choice(op, device, dtype)
                 kind = str(dtype).removeprefix("torch.")
                 rows.append((op, device, kind, *choice, ", ".join(names)))
+    if all(row[3] == "-" for row in rows[1:]):
+        print(f"error: {rows[1][4]}", file=sys.stderr)
+        return 1
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print(

@@ -18,18 +18,17 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from kernels import runtime
-from kernels.add import add_scaled
+from kernels import frozen_block, runtime
 from kernels.norm_silu_triton import group_norm_silu_backward, group_norm_silu_forward
 from kernels.resample import resample2x_launch
 from kernels.resize_normalize import resize_normalize_adjoint, resize_normalize_forward
 from kernels.runtime import Launch
-from kernels.shapes import NETWORKS, Network, Norm
+from kernels.shapes import NETWORKS, Block, Network, Norm
 
 ARCHITECTURES = ("sm_80", "sm_90")
 # Shared memory that one program may use, in bytes: 163 KiB on A100, 227 KiB on H100.
@@ -103,16 +102,37 @@ def builds(dtypes: Iterable[torch.dtype]) -> list[Build]:
 def _launches(dtype: torch.dtype) -> Iterator[tuple[tuple[int, ...], Launch]]:
     for network in NETWORKS:
         n = network.batch
+        for block in network.blocks:
+            yield from _of_block(network, block, dtype)
         for norm in network.norms():
             yield from _of_norm(_image(n, norm.channels, norm.size, dtype), norm)
         for channels, size, direction in network.resamplings():
             yield from _of_resampling(_image(n, channels, size, dtype), network, direction)
-        for channels, size in {(b.cout, b.out_size): None for b in network.blocks}:
-            x, bias = _image(n, channels, size, dtype), torch.empty(channels, device="meta")
-            with runtime.recording() as launches:
-                add_scaled(x, x, bias, 0.5)
-            yield from ((tuple(x.shape), launch) for launch in launches)
         yield from _of_resize(_image(n, 3, network.resolution, torch.float32), dtype)
+
+
+def _of_block(
+    network: Network, block: Block, dtype: torch.dtype
+) -> Iterator[tuple[tuple[int, ...], Launch]]:
+    """What the frozen block itself starts: its pre_shift is float32, residuals enter its norms."""
+    n, cin, cout = network.batch, block.cin, block.cout
+    x = _image(n, cin, block.size, dtype)
+    rows = torch.empty(n, cout * (1 + network.adm), dtype=dtype, device="meta")
+    scale, shift = rows.chunk(2, dim=1) if network.adm else (None, None)
+    embedding = (None if network.adm else rows, scale, shift)
+    wide, narrow = (torch.empty(c, device="meta") for c in (cin, cout))
+    bias = narrow.to(dtype)
+    skip = (_image(cout, cin, 1, dtype), bias) if network.projects(block) else (None, None)
+    taps = [float(tap) for tap in network.filter]
+    arguments: list[Any] = [x, wide, wide, narrow, narrow, *embedding, *skip]
+    arguments += [_image(cout, cin, 3, dtype), bias, _image(cout, cout, 3, dtype), bias]
+    arguments += [32, 32, 1e-5, 1e-5, block.resample, taps, 0.5]
+    inputs = frozen_block._Inputs(*arguments)
+    wanted = f"x affine0 affine1 {network.embedding}"
+    with runtime.recording() as launches:
+        y, h, statistics0, statistics1 = frozen_block._forward(inputs)
+        frozen_block._backward(y, inputs, h, statistics0, statistics1, wanted)
+    yield from ((tuple(launch.args[0].shape), launch) for launch in launches)
 
 
 def _of_norm(x: Tensor, norm: Norm) -> Iterator[tuple[tuple[int, ...], Launch]]:
@@ -129,21 +149,19 @@ def _of_norm(x: Tensor, norm: Norm) -> Iterator[tuple[tuple[int, ...], Launch]]:
         group_norm_silu_forward(
             x, norm.groups, weight, weight, 1e-5, pre_shift, scale, shift, norm.act
         )
-        for residual in (None, x):
-            group_norm_silu_backward(
-                x,
-                x,
-                statistics,
-                norm.groups,
-                weight,
-                weight,
-                pre_shift,
-                scale,
-                shift,
-                norm.act,
-                wanted,
-                residual=residual,
-            )
+        group_norm_silu_backward(
+            x,
+            x,
+            statistics,
+            norm.groups,
+            weight,
+            weight,
+            pre_shift,
+            scale,
+            shift,
+            norm.act,
+            wanted,
+        )
     yield from ((tuple(x.shape), launch) for launch in launches)
 
 
@@ -151,10 +169,8 @@ def _of_resampling(
     x: Tensor, network: Network, direction: str
 ) -> Iterator[tuple[tuple[int, ...], Launch]]:
     up = direction == "up"
-    bias = torch.empty(x.shape[1], device="meta")
     with runtime.recording() as launches:
         y = resample2x_launch(x, network.filter, up, 1.0, None, None, 1.0)
-        resample2x_launch(x, network.filter, up, 1.0, y, bias, 0.5)
         resample2x_launch(y, network.filter, not up, 1.0, None, None, 1.0)
     yield from ((tuple(x.shape), launch) for launch in launches)
 
@@ -265,8 +281,16 @@ def problems(rows: Iterable[Row]) -> list[str]:
     return found
 
 
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, exit status 1."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}, see {self.prog} -h", file=sys.stderr)
+        raise SystemExit(1)
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__)
+    parser = Parser(prog="python -m kernels.aot", description=__doc__)
     parser.add_argument("--json", action="store_true", help="a JSON list on stdout")
     parser.add_argument("--check", action="store_true", help="exit 1 with the problems found")
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
@@ -276,6 +300,8 @@ def main() -> int:
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
+    if options.jobs < 1:
+        parser.error(f"--jobs is {options.jobs}, 1 or more would do")
     if not runtime.HAS_TRITON or runtime.INTERPRETED:
         why = "TRITON_INTERPRET=1 is set" if runtime.HAS_TRITON else "triton is not installed"
         print(f"error: nothing to compile with, {why}, triton without it would do", file=sys.stderr)
@@ -287,6 +313,8 @@ def main() -> int:
         if options.kernel in build.label
         for arch in options.arch
     ]
+    if not jobs:
+        parser.error(f"no kernel's name contains {options.kernel!r}, in --kernel")
     rows = []
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         for row in pool.map(compile_build, jobs, chunksize=4):

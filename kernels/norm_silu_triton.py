@@ -270,8 +270,8 @@ class Plan:
 def plan(pixels: int, channels: int, groups: int, itemsize: int, *, backward: bool) -> Plan:
     """Slabs of whole groups whose rows start at 16-byte boundaries, where the channels allow it.
 
-    Tiles and warps are what compiles without spilling registers: 16 elements per thread, or 32 of
-    bfloat16 backward, where two tiles are held and twice the registers pay.
+    Tiles and warps are what compiles without spilling registers: 16 elements per thread; backward,
+    where two tiles are held, 32 of bfloat16 and 8 of float32.
     """
     group, vector = channels // groups, 16 // itemsize
     slabs = [k * group for k in range(1, groups + 1) if groups % k == 0]
@@ -286,9 +286,9 @@ def plan(pixels: int, channels: int, groups: int, itemsize: int, *, backward: bo
     fitting = [slab for slab in wide if tile(slab) * itemsize <= 16384 and slab <= 128]
     slab = max(fitting, default=wide[0])
     if tile(slab) * itemsize <= 32768 and slab <= 128:
-        per_warp = 1024 if backward and itemsize == 2 else 512
+        per_warp = (1024 if itemsize == 2 else 256) if backward else 512
         return Plan(slab, block, True, max(1, tile(slab) // per_warp))
-    warps = 8 if backward and slab <= 64 else 16
+    warps = 8 if slab <= 64 else 16
     return Plan(slab, max(1, 256 * warps // next_power_of_2(slab)), False, warps)
 
 

@@ -12,6 +12,7 @@ from fastgan.models import Precond, network_from_config
 from fastgan.models.freeze import freeze
 from fastgan.models.layers import Conv2d, GroupNorm
 from fastgan.models.unet_block import UNetBlock
+from kernels import aot, dispatch, runtime
 from kernels.shapes import CIFAR10, FFHQ, IMAGENET, Block, Network
 
 LAYOUTS = json.loads((Path(__file__).parent / "golden/edm_checkpoint_layouts.json").read_text())
@@ -78,3 +79,24 @@ def test_the_tables_are_the_networks(name: str) -> None:
     for (cin, cout, _, kernel), count in published.convolutions().items():
         listed[cin, cout, kernel] += count
     assert frozen == listed
+
+
+@pytest.mark.parametrize("name", ["edm-cifar10-32x32-uncond-ve", "edm-imagenet-64x64-cond-adm"])
+def test_what_a_network_starts_is_compiled_ahead_of_time(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frozen network's forward and backward, with launches noted instead of started."""
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "_configured", "triton")
+    network = network_from_config({"precond": "EDMPrecond", **LAYOUTS[name]["init_kwargs"]})
+    freeze(network.eval(), 1)
+    network.compute_dtype = torch.bfloat16
+    size, labels = FILES[name].resolution, LAYOUTS[name]["init_kwargs"]["label_dim"]
+    with runtime.recording() as launches:
+        y = network(
+            torch.zeros(1, 3, size, size), torch.ones(1), torch.zeros(1, labels) if labels else None
+        )
+        y.sum().backward()
+    started = {aot._specialised(launch, (), "bf16").key for launch in launches}
+    assert len(started) > 30
+    assert started <= {build.key for build in aot.builds([torch.bfloat16])}

@@ -170,3 +170,17 @@ def test_the_compiler_takes_what_the_interpreter_took() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 40
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--jobs", "0"), "error: --jobs is 0, 1 or more would do"),
+        (("--arch", "sm_70"), "error: argument --arch: invalid choice: 'sm_70'"),
+        (("--check", "--kernel", "nosuch"), "error: no kernel's name contains 'nosuch'"),
+    ],
+)
+def test_wrong_arguments_are_said_in_one_line(arguments: tuple[str, ...], message: str) -> None:
+    done = command(*arguments)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(message) and len(done.stderr.splitlines()) == 1

@@ -182,3 +182,12 @@ def test_the_command_prints_a_row_for_each_op_and_dtype() -> None:
     assert len(lines) == 1 + len(IMPLEMENTATIONS) * devices * 4
     assert lines[0].split()[:3] == ["op", "device", "dtype"]
     assert all("reference" in line for line in lines if " cpu " in line)
+
+
+def test_the_command_refuses_a_wrong_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.VARIABLE, "fast")
+    command = [sys.executable, "-m", "kernels"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: no 'fast', in FASTGAN_KERNELS=fast, one of auto")
+    assert len(done.stderr.splitlines()) == 1
