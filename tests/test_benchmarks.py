@@ -1,8 +1,8 @@
 """The benchmarks run, refuse wrong results, and the record of targets says what was measured."""
 
 import json
-import os
 import math
+import os
 import re
 import shutil
 import subprocess
