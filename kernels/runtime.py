@@ -6,13 +6,11 @@ and compiles exactly that, so that no second list of signatures can fall out of 
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
-
-from torch import Tensor
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -72,8 +70,3 @@ def next_power_of_2(n: int) -> int:
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
-
-
-def empty_for(want: bool, make: Callable[[], Tensor]) -> Tensor | None:
-    """A result to compute, or None: a kernel skips what it gets no pointer for."""
-    return make() if want else None
