@@ -148,6 +148,7 @@ def _forced(op: str) -> tuple[str, str]:
     return wanted, f"{origin}={setting}"
 
 
+@cache
 def _parse(setting: str, origin: str) -> dict[str, str]:
     """`library` or `op=implementation,...` as {op: implementation}, `*` for the other ops."""
     parsed = {"*": "auto"}

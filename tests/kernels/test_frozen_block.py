@@ -287,23 +287,27 @@ def test_gradcheck_of_the_definition() -> None:
     assert torch.autograd.gradcheck(function, leaves)
 
 
+def zeros(*size: int) -> Tensor:
+    return torch.zeros(size, device=DEVICE)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"resample": "sideways"}, "resample is 'sideways'"),
-        ({"pre_shift": torch.zeros(2, 9)}, r"pre_shift has shape \[2, 9\], \[2, 16\]"),
-        ({"norm0": Norm(torch.ones(16), torch.ones(16), 5, 1e-5)}, "norm0.groups 5"),
-        ({"x": torch.zeros(2, 16, 8, 8).half()}, r"conv0.weight is torch.float32"),
+        ({"pre_shift": zeros(2, 9)}, r"pre_shift has shape \[2, 9\], \[2, 16\]"),
+        ({"norm0": Norm(zeros(16), zeros(16), 5, 1e-5)}, "norm0.groups 5"),
+        ({"x": zeros(2, 16, 8, 8).half()}, r"conv0.weight is torch.float32"),
         (
-            {"skip": Conv(torch.zeros(16, 16, 3, 3), torch.zeros(16))},
+            {"skip": Conv(zeros(16, 16, 3, 3), zeros(16))},
             r"skip.weight has shape \[16, 16, 3, 3\]",
         ),
     ],
 )
 def test_bad_input_is_named(change: dict, message: str) -> None:
-    norm = Norm(torch.ones(16), torch.zeros(16), 4, 1e-5)
-    conv = Conv(torch.zeros(16, 16, 3, 3), torch.zeros(16))
-    arguments = {"x": torch.zeros(2, 16, 8, 8), "norm0": norm, "conv0": conv}
+    norm = Norm(zeros(16), zeros(16), 4, 1e-5)
+    conv = Conv(zeros(16, 16, 3, 3), zeros(16))
+    arguments = {"x": zeros(2, 16, 8, 8), "norm0": norm, "conv0": conv}
     arguments |= {"norm1": norm, "conv1": conv} | change
     with pytest.raises(ValueError, match=message):
         frozen_unet_block(**arguments)

@@ -5,7 +5,7 @@ import torch
 
 from fastgan.training.ema import averaged_copy
 from fastgan.training.step import PlainStep
-from kernels import dispatch
+from kernels import dispatch, runtime
 from tests.training.toys import ALONE, diffusion_heads, generator, reals, settings
 
 
@@ -25,6 +25,7 @@ def losses(monkeypatch: pytest.MonkeyPatch, setting: str) -> tuple[list[float], 
     return found, step
 
 
+@pytest.mark.skipif(not runtime.INTERPRETED, reason="the toy networks live on the CPU")
 def test_losses_equal_those_of_the_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
     before = {name: p.clone() for name, p in generator(dtype=torch.float32).named_parameters()}
     plain, _ = losses(monkeypatch, "reference")
