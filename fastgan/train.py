@@ -5,16 +5,14 @@ import torch
 from fastgan import build, checks, distributed
 from fastgan import config as cfg
 from fastgan.cli import hydra_command
-from fastgan.distributed import World
+from fastgan.engine import make_step
 from fastgan.kernel_choice import select_kernels
 from fastgan.models import Precond
 from fastgan.models.freeze import freeze, frozen_share
 from fastgan.precision import strict_float32
 from fastgan.run import describe_batch, evaluation, provenance, say, schedule
 from fastgan.run_dir import open_run_dir
-from fastgan.training.ema import averaged_copy
 from fastgan.training.loop import run_loop
-from fastgan.training.step import PlainStep, StepSettings
 
 
 def train(config: cfg.TrainConfig) -> None:
@@ -23,7 +21,7 @@ def train(config: cfg.TrainConfig) -> None:
     world = distributed.init(config.device.value)
     strict_float32()
     select_kernels(config.kernels.value, world.device)
-    settings, plan = step_settings(config, world), schedule(config)
+    plan, batch_gpu = schedule(config), checks.local_batches(config, world.size)
     data = build.dataset(config.data)
     model = build.generator(config, data)
     network = model.network
@@ -34,7 +32,7 @@ def train(config: cfg.TrainConfig) -> None:
             f"{config.experiment_name}: {plan.total_images} images of {data.name} ({len(data)})",
             f"generator: {_millions(network)} M parameters, {_frozen(network, config)} frozen",
             f"discriminator: {_millions(discriminator.heads)} M trained parameters",
-            describe_batch(config, world, settings.batch_gpu)
+            describe_batch(config, world, batch_gpu)
             + " images (also the batch of the heads' BatchNorm)",
         ]
     )
@@ -43,13 +41,8 @@ def train(config: cfg.TrainConfig) -> None:
 
     evaluate = evaluation(config, data, world)
     run_dir = open_run_dir(config)
-    network.train().to(world.device)
-    discriminator.train().to(world.device)
-    average = averaged_copy(network)
-    if config.precision is cfg.Precision.bf16 or world.device.type == "cuda":
-        network.compute_dtype = torch.bfloat16
     run_loop(
-        PlainStep(network, average, discriminator, settings, world),
+        make_step(config, network, discriminator, world),
         build.batches(data, config, network.label_dim, world),
         plan,
         run_dir,
@@ -57,32 +50,6 @@ def train(config: cfg.TrainConfig) -> None:
         network_config=model.architecture,
         provenance=provenance(model, data, "fastgan.train"),
         evaluate=evaluate,
-    )
-
-
-def step_settings(config: cfg.TrainConfig, world: World) -> StepSettings:
-    """The step's settings out of the configuration's groups."""
-    return StepSettings(
-        seed=config.seed,
-        batch=config.batch,
-        batch_gpu=checks.local_batches(config, world.size),
-        total_images=checks.images(config.total_images, "total_images"),
-        lr_g=config.optim.lr_g,
-        lr_d=config.optim.lr_d,
-        adam=config.optim.adam.value,
-        decay_from=config.optim.decay_from,
-        loss=config.loss.kind.value,
-        reduction=config.loss.reduction.value,
-        r1_gamma=config.loss.r1_gamma,
-        r1_interval=config.loss.r1_interval,
-        published_batch_gpu=config.loss.published_batch_gpu,
-        ema_half_life=checks.images(config.ema.half_life, "ema.half_life"),
-        ema_ramp=config.ema.ramp,
-        share_fakes=config.share_fakes,
-        nonfinite=config.nonfinite.value,
-        steps=config.generator.steps,
-        mid_sigma=config.generator.mid_sigma,
-        discriminator_bf16=config.precision is cfg.Precision.bf16,
     )
 
 

@@ -12,9 +12,10 @@ from fastgan import checks, run
 from fastgan import config as cfg
 from fastgan.checkpoint.network_file import load_network_file
 from fastgan.cli import compose, config_folder
+from fastgan.engine import step_settings
 from fastgan.errors import UserError
 from fastgan.models.freeze import is_frozen
-from fastgan.train import step_settings, train
+from fastgan.train import train
 from tests.command_line import CommandLine, dataset_zip, network_file
 from tests.training.toys import ALONE
 

@@ -1,0 +1,103 @@
+"""A training step of any experiment to measure: random weights and data, nothing to download.
+
+Speed, memory and the order of kernels do not depend on the numbers in the weights.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgan import build
+from fastgan import config as cfg
+from fastgan.checkpoint.network_file import load_network_file
+from fastgan.checks import existing
+from fastgan.cli import compose
+from fastgan.distributed import World
+from fastgan.engine import make_step
+from fastgan.kernel_choice import select_kernels
+from fastgan.models.freeze import freeze
+from fastgan.models.published import PUBLISHED_NETWORKS
+from fastgan.precision import strict_float32
+from fastgan.training.state import StepResult
+from fastgan.training.step import PlainStep
+
+
+class NoiseImages:
+    """A dataset of uniform noise in the shape that a network wants, one batch large."""
+
+    def __init__(self, count: int, resolution: int, channels: int, label_dim: int) -> None:
+        self.name = "noise"
+        self.resolution, self.channels, self.label_dim = resolution, channels, label_dim
+        draw = np.random.default_rng(0)
+        shape = (count, channels, resolution, resolution)
+        self._images = draw.integers(256, size=shape, dtype=np.uint8)
+        self.labels = draw.integers(label_dim, size=count) if label_dim else None
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def images(self, indices: np.ndarray) -> np.ndarray:
+        return self._images[indices]
+
+    def provenance(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+
+@dataclass
+class LiveStep:
+    """A step with its data: `run(k)` is iteration k as training would do it."""
+
+    config: cfg.TrainConfig
+    step: PlainStep
+    draw: build.Draw
+
+    def run(self, iteration: int) -> StepResult:
+        reals, labels = self.draw(iteration)
+        return self.step.run(reals, labels, iteration)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.step.state()
+
+
+def measured_config(experiment: str, overrides: list[str]) -> cfg.TrainConfig:
+    """configs/experiment/NAME.yaml with random weights and no files; `overrides` come last.
+
+    A published experiment takes its published network, the others need `init.network` (or their
+    own `init.path`) among the overrides. UserError as `python -m fastgan.train` would say it.
+    """
+    base = [f"experiment={experiment}", "data.path=noise", "run_dir=unused"]
+    dataset = experiment.removesuffix("_f").removesuffix("_d2o")
+    if dataset in PUBLISHED_NETWORKS:
+        base.append("init.path=null")
+    config: cfg.TrainConfig = compose("train", cfg.TrainConfig, [*base, *overrides])
+    if config.init.path is None and config.init.network is None:
+        config.init.network = dict(PUBLISHED_NETWORKS[dataset])
+    if not any(o.startswith("discriminator.weights") for o in overrides):
+        config.discriminator.weights = dict.fromkeys(config.discriminator.backbones, "random")
+    return config
+
+
+def live_step(config: cfg.TrainConfig, device: torch.device) -> LiveStep:
+    """Builds the step of `config` on `device` in this process alone."""
+    world = World(rank=0, local_rank=0, size=1, device=device)
+    strict_float32()
+    select_kernels(config.kernels.value, device)
+    data = _noise_for(config)
+    network = build.generator(config, data).network
+    discriminator = build.discriminator(config, network, data)
+    freeze(network, config.freeze.level)
+    step = make_step(config, network, discriminator, world)
+    return LiveStep(config, step, build.batches(data, config, network.label_dim, world))
+
+
+def _noise_for(config: cfg.TrainConfig) -> NoiseImages:
+    """A batch of noise images of the shape and with as many classes as the network has."""
+    architecture = config.init.network
+    if config.init.path is not None:
+        architecture = load_network_file(existing(config.init.path, "init.path")).config
+    shape = {k: architecture.get(k, d) for k, d in (("img_resolution", 32), ("img_channels", 3))}
+    labels = architecture.get("label_dim") or 0
+    return NoiseImages(config.batch, shape["img_resolution"], shape["img_channels"], labels)
