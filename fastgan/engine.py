@@ -12,7 +12,11 @@ from fastgan.training.step import PlainStep, StepSettings
 
 
 def make_step(
-    config: cfg.TrainConfig, network: Precond, discriminator: Discriminator, world: World
+    config: cfg.TrainConfig,
+    settings: StepSettings,
+    network: Precond,
+    discriminator: Discriminator,
+    world: World,
 ) -> PlainStep:
     """The step of `engine` on this process's device; call it once what trains is thawed.
 
@@ -24,7 +28,6 @@ def make_step(
     average = averaged_copy(network)
     if config.precision is cfg.Precision.bf16 or world.device.type == "cuda":
         network.compute_dtype = torch.bfloat16
-    settings = step_settings(config, world)
     return PlainStep(network, average, discriminator, settings, world)
 
 

@@ -5,7 +5,7 @@ import torch
 from fastgan import build, checks, distributed
 from fastgan import config as cfg
 from fastgan.cli import hydra_command
-from fastgan.engine import make_step
+from fastgan.engine import make_step, step_settings
 from fastgan.kernel_choice import select_kernels
 from fastgan.models import Precond
 from fastgan.models.freeze import freeze, frozen_share
@@ -21,7 +21,7 @@ def train(config: cfg.TrainConfig) -> None:
     world = distributed.init(config.device.value)
     strict_float32()
     select_kernels(config.kernels.value, world.device)
-    plan, batch_gpu = schedule(config), checks.local_batches(config, world.size)
+    settings, plan = step_settings(config, world), schedule(config)
     data = build.dataset(config.data)
     model = build.generator(config, data)
     network = model.network
@@ -32,7 +32,7 @@ def train(config: cfg.TrainConfig) -> None:
             f"{config.experiment_name}: {plan.total_images} images of {data.name} ({len(data)})",
             f"generator: {_millions(network)} M parameters, {_frozen(network, config)} frozen",
             f"discriminator: {_millions(discriminator.heads)} M trained parameters",
-            describe_batch(config, world, batch_gpu)
+            describe_batch(config, world, settings.batch_gpu)
             + " images (also the batch of the heads' BatchNorm)",
         ]
     )
@@ -42,7 +42,7 @@ def train(config: cfg.TrainConfig) -> None:
     evaluate = evaluation(config, data, world)
     run_dir = open_run_dir(config)
     run_loop(
-        make_step(config, network, discriminator, world),
+        make_step(config, settings, network, discriminator, world),
         build.batches(data, config, network.label_dim, world),
         plan,
         run_dir,

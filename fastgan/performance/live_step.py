@@ -16,7 +16,7 @@ from fastgan.checkpoint.network_file import load_network_file
 from fastgan.checks import existing
 from fastgan.cli import compose
 from fastgan.distributed import World
-from fastgan.engine import make_step
+from fastgan.engine import make_step, step_settings
 from fastgan.kernel_choice import select_kernels
 from fastgan.models.freeze import freeze
 from fastgan.models.published import PUBLISHED_NETWORKS
@@ -89,7 +89,7 @@ def live_step(config: cfg.TrainConfig, device: torch.device) -> LiveStep:
     network = build.generator(config, data).network
     discriminator = build.discriminator(config, network, data)
     freeze(network, config.freeze.level)
-    step = make_step(config, network, discriminator, world)
+    step = make_step(config, step_settings(config, world), network, discriminator, world)
     return LiveStep(config, step, build.batches(data, config, network.label_dim, world))
 
 
