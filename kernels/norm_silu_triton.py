@@ -2,9 +2,10 @@
 
 A program owns one sample and a slab of whole groups, so that programs share nothing: no atomics,
 the same bits every time. Where the slab fits into registers it is read once. A larger one is swept
-twice; only the slabs of the programs that run at the same time have to stay in the cache for device
-memory to see a single read. Bytes per element over device memory (bf16): forward 4 (read x, write
-y), backward 6 (read x and dy, write dx). Bound by memory.
+twice, backwards the second time, so that what was read last is found first. Only the slabs of the
+programs that run at the same time have to stay in the cache for device memory to see a single
+read. Bytes per element over device memory (bf16): forward 4 (read x, write y), backward 6 (read x
+and dy, write dx). Bound by memory.
 """
 
 from dataclasses import dataclass
@@ -14,102 +15,21 @@ import torch
 from torch import Tensor
 
 from kernels.layout import channels_last_like, rows
+from kernels.norm_silu_tiles import (
+    Plan,
+    affine,
+    group_totals,
+    group_totals_of_two,
+    last_tile,
+    moments,
+    own_slab,
+    per_channel,
+    place,
+    plan,
+    store_statistics,
+    store_y,
+)
 from kernels.runtime import launch, next_power_of_2, tl, triton
-
-
-@triton.jit
-def _slab(pixels, channels, SLAB: tl.constexpr, SLAB_PAD: tl.constexpr):
-    """The program's sample, its first element, its channels in slab and tensor, and their mask."""
-    slab, n = tl.program_id(0), tl.program_id(1)
-    base = n.to(tl.int64) * pixels * channels + slab * SLAB
-    offs_s = tl.arange(0, SLAB_PAD)
-    return n, base, offs_s, slab * SLAB + offs_s, offs_s < SLAB
-
-
-@triton.jit
-def _per_channel(ptr, offs, mask, default, SLAB_PAD: tl.constexpr):
-    """[SLAB_PAD] float32 parameters, or `default` where the op has none."""
-    if ptr is None:
-        value = tl.full((SLAB_PAD,), default, tl.float32)
-    else:
-        value = tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    return value
-
-
-@triton.jit
-def _affine(
-    n, weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_row, shift_row, offs_c, mask_c,
-    SLAB_PAD: tl.constexpr,
-):  # fmt: skip
-    """a and b of z = a xhat + b, and gamma, beta, 1 + scale which they are made of."""
-    gamma = _per_channel(weight_ptr, offs_c, mask_c, 1.0, SLAB_PAD)
-    beta = _per_channel(bias_ptr, offs_c, mask_c, 0.0, SLAB_PAD)
-    gain = 1.0 + _per_channel(scale_ptr, n * scale_row + offs_c, mask_c, 0.0, SLAB_PAD)
-    shift = _per_channel(shift_ptr, n * shift_row + offs_c, mask_c, 0.0, SLAB_PAD)
-    return gamma * gain, beta * gain + shift, gamma, beta, gain
-
-
-@triton.jit
-def _place(start, offs_s, mask_c, pixels, channels, BLOCK: tl.constexpr):
-    """Offsets from the slab's first element and mask of the tile that begins at pixel `start`."""
-    offs_p = start + tl.arange(0, BLOCK)
-    mask = (offs_p < pixels)[:, None] & mask_c[None, :]
-    return offs_p[:, None] * channels + offs_s[None, :], mask
-
-
-@triton.jit
-def _group_totals(v, GROUP: tl.constexpr, SLAB: tl.constexpr, SLAB_PAD: tl.constexpr):
-    """For every channel of the slab the sum of v over the channels of its group."""
-    group = tl.arange(0, SLAB_PAD) // GROUP
-    if SLAB_PAD <= 128:
-        same = group[:, None] == group[None, :]
-        totals = tl.sum(tl.where(same, v[None, :], 0.0), axis=1)
-    else:
-        totals = tl.zeros((SLAB_PAD,), tl.float32)
-        for g in tl.static_range(SLAB // GROUP):
-            inside = group == g
-            totals = tl.where(inside, tl.sum(tl.where(inside, v, 0.0), axis=0), totals)
-    return totals
-
-
-@triton.jit
-def _moments(
-    x_ptr, before, offs_s, mask_c, pixels, channels,
-    BLOCK: tl.constexpr, SLAB_PAD: tl.constexpr, STOP: tl.constexpr,
-):  # fmt: skip
-    """Each channel's mean and sum of squared deviations, and the last tile of u."""
-    if STOP is not None:
-        offs, mask = _place(0, offs_s, mask_c, pixels, channels, BLOCK)
-        u = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + before[None, :]
-        total = tl.sum(tl.where(mask, u, 0.0), axis=0) / pixels
-        away = tl.where(mask, u - total[None, :], 0.0)
-        squares = tl.sum(away * away, axis=0)
-    else:
-        # Welford's recurrence at each position of the tile, merged at the end (Chan et al. 1983).
-        u = tl.zeros((BLOCK, SLAB_PAD), tl.float32)
-        means = tl.zeros((BLOCK, SLAB_PAD), tl.float32)
-        deviations = tl.zeros((BLOCK, SLAB_PAD), tl.float32)
-        seen = 0.0
-        for start in range(0, pixels, BLOCK):
-            offs, mask = _place(start, offs_s, mask_c, pixels, channels, BLOCK)
-            u = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + before[None, :]
-            seen += 1.0
-            step = tl.where(mask, u - means, 0.0)
-            means += step / seen
-            deviations += step * (u - means)
-        # The last tile may be partial: its positions beyond the image have seen one pixel less.
-        count = ((pixels - tl.arange(0, BLOCK) + BLOCK - 1) // BLOCK).to(tl.float32)[:, None]
-        total = tl.sum(means * count, axis=0) / pixels
-        away = means - total[None, :]
-        squares = tl.sum(deviations + away * away * count, axis=0)
-    return u, total, squares
-
-
-@triton.jit
-def _store_y(y_ptr, offs, mask, u, mean, a, b, ACT: tl.constexpr):
-    z = (u - mean[None, :]) * a[None, :] + b[None, :]
-    y = z * tl.sigmoid(z) if ACT else z
-    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -119,36 +39,80 @@ def _forward_kernel(
     GROUP: tl.constexpr, SLAB: tl.constexpr, SLAB_PAD: tl.constexpr, BLOCK: tl.constexpr,
     STOP: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    n, base, offs_s, offs_c, mask_c = _slab(pixels, channels, SLAB, SLAB_PAD)
+    n, base, offs_s, offs_c, mask_c = own_slab(pixels, channels, SLAB, SLAB_PAD)
     x_ptr += base
     y_ptr += base
-    before = _per_channel(pre_shift_ptr, n * pre_shift_row + offs_c, mask_c, 0.0, SLAB_PAD)
-    a, b, _, _, _ = _affine(
+    before = per_channel(pre_shift_ptr, n * pre_shift_row + offs_c, mask_c, 0.0, SLAB_PAD)
+    a, b, _, _, _ = affine(
         n, weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_row, shift_row, offs_c, mask_c,
         SLAB_PAD,
     )  # fmt: skip
 
-    u, channel_mean, squares = _moments(
+    u, channel_mean, squares = moments(
         x_ptr, before, offs_s, mask_c, pixels, channels, BLOCK, SLAB_PAD, STOP
     )
-    mean = _group_totals(channel_mean, GROUP, SLAB, SLAB_PAD) / GROUP
+    mean = group_totals(channel_mean, GROUP, SLAB, SLAB_PAD) / GROUP
     away = channel_mean - mean
-    squares = _group_totals(squares + away * away * pixels, GROUP, SLAB, SLAB_PAD)
+    squares = group_totals(squares + away * away * pixels, GROUP, SLAB, SLAB_PAD)
     rstd = 1.0 / tl.sqrt(squares / (GROUP * pixels) + eps)
 
     if STOP is not None:
-        offs, mask = _place(0, offs_s, mask_c, pixels, channels, BLOCK)
-        _store_y(y_ptr, offs, mask, u, mean, a * rstd, b, ACT)
+        offs, mask = place(0, offs_s, mask_c, pixels, channels, BLOCK)
+        store_y(y_ptr, offs, mask, u, mean, a * rstd, b, ACT)
     else:
-        for start in range(0, pixels, BLOCK):
-            offs, mask = _place(start, offs_s, mask_c, pixels, channels, BLOCK)
+        for done in range(0, pixels, BLOCK):
+            start = last_tile(pixels, BLOCK) - done
+            offs, mask = place(start, offs_s, mask_c, pixels, channels, BLOCK)
             u = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + before[None, :]
-            _store_y(y_ptr, offs, mask, u, mean, a * rstd, b, ACT)
-    # The first channel of each group writes the group's statistics.
-    first = mask_c & (offs_s % GROUP == 0)
-    offs_g = n * groups + offs_c // GROUP
-    tl.store(statistics_ptr + offs_g, mean, mask=first)
-    tl.store(statistics_ptr + tl.num_programs(1) * groups + offs_g, rstd, mask=first)
+            store_y(y_ptr, offs, mask, u, mean, a * rstd, b, ACT)
+    store_statistics(statistics_ptr, n, groups, offs_s, offs_c, mask_c, mean, rstd, GROUP)
+
+
+@triton.jit
+def _two_tile_forward_kernel(
+    x_ptr, y_ptr, statistics_ptr, weight_ptr, bias_ptr, pre_shift_ptr, scale_ptr, shift_ptr,
+    pixels, channels, groups, pre_shift_row, scale_row, shift_row, eps,
+    GROUP: tl.constexpr, SLAB: tl.constexpr, HEAD: tl.constexpr, TAIL_PAD: tl.constexpr,
+    BLOCK: tl.constexpr, ACT: tl.constexpr,
+):  # fmt: skip
+    """One read of a slab of, say, 24 channels: as tiles of 16 and of 8, which need no padding."""
+    n, base, offs_h, chan_h, mask_h = own_slab(pixels, channels, SLAB, HEAD)
+    offs_t = HEAD + tl.arange(0, TAIL_PAD)
+    chan_t, mask_t = tl.program_id(0) * SLAB + offs_t, offs_t < SLAB
+    x_ptr += base
+    y_ptr += base
+    before_h = per_channel(pre_shift_ptr, n * pre_shift_row + chan_h, mask_h, 0.0, HEAD)
+    before_t = per_channel(pre_shift_ptr, n * pre_shift_row + chan_t, mask_t, 0.0, TAIL_PAD)
+    u_h, mean_h, squares_h = moments(
+        x_ptr, before_h, offs_h, mask_h, pixels, channels, BLOCK, HEAD, BLOCK
+    )
+    u_t, mean_t, squares_t = moments(
+        x_ptr, before_t, offs_t, mask_t, pixels, channels, BLOCK, TAIL_PAD, BLOCK
+    )
+
+    away_h, away_t = mean_h, mean_t
+    mean_h, mean_t = group_totals_of_two(mean_h / GROUP, mean_t / GROUP, GROUP, HEAD, TAIL_PAD)
+    away_h -= mean_h
+    away_t -= mean_t
+    squares_h += away_h * away_h * pixels
+    squares_t += away_t * away_t * pixels
+    squares_h, squares_t = group_totals_of_two(squares_h, squares_t, GROUP, HEAD, TAIL_PAD)
+    rstd_h = 1.0 / tl.sqrt(squares_h / (GROUP * pixels) + eps)
+    rstd_t = 1.0 / tl.sqrt(squares_t / (GROUP * pixels) + eps)
+
+    a, b, _, _, _ = affine(
+        n, weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_row, shift_row, chan_h, mask_h, HEAD
+    )
+    offs, mask = place(0, offs_h, mask_h, pixels, channels, BLOCK)
+    store_y(y_ptr, offs, mask, u_h, mean_h, a * rstd_h, b, ACT)
+    a, b, _, _, _ = affine(
+        n, weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_row, shift_row, chan_t, mask_t,
+        TAIL_PAD,
+    )  # fmt: skip
+    offs, mask = place(0, offs_t, mask_t, pixels, channels, BLOCK)
+    store_y(y_ptr, offs, mask, u_t, mean_t, a * rstd_t, b, ACT)
+    store_statistics(statistics_ptr, n, groups, offs_h, chan_h, mask_h, mean_h, rstd_h, GROUP)
+    store_statistics(statistics_ptr, n, groups, offs_t, chan_t, mask_t, mean_t, rstd_t, GROUP)
 
 
 @triton.jit
@@ -186,11 +150,11 @@ def _backward_kernel(
     GROUP: tl.constexpr, SLAB: tl.constexpr, SLAB_PAD: tl.constexpr, BLOCK: tl.constexpr,
     STOP: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    n, base, offs_s, offs_c, mask_c = _slab(pixels, channels, SLAB, SLAB_PAD)
+    n, base, offs_s, offs_c, mask_c = own_slab(pixels, channels, SLAB, SLAB_PAD)
     x_ptr += base
     dy_ptr += base
-    before = _per_channel(pre_shift_ptr, n * pre_shift_row + offs_c, mask_c, 0.0, SLAB_PAD)
-    a, b, gamma, beta, gain = _affine(
+    before = per_channel(pre_shift_ptr, n * pre_shift_row + offs_c, mask_c, 0.0, SLAB_PAD)
+    a, b, gamma, beta, gain = affine(
         n, weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_row, shift_row, offs_c, mask_c,
         SLAB_PAD,
     )  # fmt: skip
@@ -201,7 +165,7 @@ def _backward_kernel(
 
     # All gradients but dx are functions of these sums over the pixels.
     if STOP is not None:
-        offs, mask = _place(0, offs_s, mask_c, pixels, channels, BLOCK)
+        offs, mask = place(0, offs_s, mask_c, pixels, channels, BLOCK)
         dz, xhat = _dz_and_xhat(
             x_ptr, dy_ptr, offs, mask, before, mean, rstd, a, b, grad_scale, ACT
         )  # fmt: skip
@@ -211,7 +175,7 @@ def _backward_kernel(
         all_dz = tl.zeros((BLOCK, SLAB_PAD), tl.float32)
         all_dz_xhat, all_xhat = all_dz, all_dz
         for start in range(0, pixels, BLOCK):
-            offs, mask = _place(start, offs_s, mask_c, pixels, channels, BLOCK)
+            offs, mask = place(start, offs_s, mask_c, pixels, channels, BLOCK)
             dz, xhat = _dz_and_xhat(
                 x_ptr, dy_ptr, offs, mask, before, mean, rstd, a, b, grad_scale, ACT
             )  # fmt: skip
@@ -220,8 +184,8 @@ def _backward_kernel(
             all_xhat += tl.where(mask, xhat, 0.0)
         sum_dz, sum_dz_xhat = tl.sum(all_dz, axis=0), tl.sum(all_dz_xhat, axis=0)
         sum_xhat = tl.sum(all_xhat, axis=0)
-    m1 = _group_totals(a * sum_dz, GROUP, SLAB, SLAB_PAD) / (GROUP * pixels)
-    m2 = _group_totals(a * sum_dz_xhat, GROUP, SLAB, SLAB_PAD) / (GROUP * pixels)
+    m1 = group_totals(a * sum_dz, GROUP, SLAB, SLAB_PAD) / (GROUP * pixels)
+    m2 = group_totals(a * sum_dz_xhat, GROUP, SLAB, SLAB_PAD) / (GROUP * pixels)
 
     offs_nc = n * channels + offs_c
     if dpre_shift_ptr is not None:
@@ -242,13 +206,14 @@ def _backward_kernel(
         if residual_ptr is not None:
             residual_ptr += base
         if STOP is not None:
-            offs, mask = _place(0, offs_s, mask_c, pixels, channels, BLOCK)
+            offs, mask = place(0, offs_s, mask_c, pixels, channels, BLOCK)
             _store_dx(
                 dx_ptr, residual_ptr, offs, mask, dz, xhat, a, rstd, m1, m2, residual_scale
             )  # fmt: skip
         else:
-            for start in range(0, pixels, BLOCK):
-                offs, mask = _place(start, offs_s, mask_c, pixels, channels, BLOCK)
+            for done in range(0, pixels, BLOCK):
+                start = last_tile(pixels, BLOCK) - done
+                offs, mask = place(start, offs_s, mask_c, pixels, channels, BLOCK)
                 dz, xhat = _dz_and_xhat(
                     x_ptr, dy_ptr, offs, mask, before, mean, rstd, a, b, grad_scale, ACT
                 )  # fmt: skip
@@ -257,50 +222,15 @@ def _backward_kernel(
                 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How a sample is cut: channels per program, pixels per tile, one tile or several."""
-
-    slab: int
-    block: int
-    resident: bool
-    num_warps: int
-
-
-def plan(pixels: int, channels: int, groups: int, itemsize: int, *, backward: bool) -> Plan:
-    """Slabs of whole groups whose rows start at 16-byte boundaries, where the channels allow it.
-
-    Tiles and warps are what compiles without spilling registers: 16 elements per thread; backward,
-    where two tiles are held, 32 of bfloat16 and 8 of float32.
-    """
-    group, vector = channels // groups, 16 // itemsize
-    slabs = [k * group for k in range(1, groups + 1) if groups % k == 0]
-    aligned = [slab for slab in slabs if slab % vector == 0] or slabs
-    # 32 bytes, the unit of device memory, or more; the group sums favour narrow slabs.
-    wide = [slab for slab in aligned if slab * itemsize >= 32] or aligned[-1:]
-    block = next_power_of_2(pixels)
-
-    def tile(slab: int) -> int:
-        return block * next_power_of_2(slab)
-
-    fitting = [slab for slab in wide if tile(slab) * itemsize <= 16384 and slab <= 128]
-    slab = max(fitting, default=wide[0])
-    if tile(slab) * itemsize <= 32768 and slab <= 128:
-        per_warp = (1024 if itemsize == 2 else 256) if backward else 512
-        return Plan(slab, block, True, max(1, tile(slab) // per_warp))
-    warps = 8 if slab <= 64 else 16
-    return Plan(slab, max(1, 256 * warps // next_power_of_2(slab)), False, warps)
-
-
 def _constants(p: Plan, group: int, act: bool) -> dict[str, Any]:
-    return {
-        "GROUP": group,
-        "SLAB": p.slab,
+    common = {"GROUP": group, "SLAB": p.slab, "BLOCK": p.block, "ACT": act}
+    if p.tail:
+        pads = {"HEAD": p.slab - p.tail, "TAIL_PAD": next_power_of_2(p.tail)}
+        return common | pads | {"num_warps": p.num_warps}
+    return common | {
         "SLAB_PAD": next_power_of_2(p.slab),
-        "BLOCK": p.block,
         # A loop of known length one disappears.
         "STOP": p.block if p.resident else None,
-        "ACT": act,
         "num_warps": p.num_warps,
     }
 
@@ -323,7 +253,7 @@ def group_norm_silu_forward(
     statistics = torch.empty(2, n, num_groups, dtype=torch.float32, device=x.device)
     pre_shift, scale, shift = rows(pre_shift), rows(scale), rows(shift)
     launch(
-        _forward_kernel,
+        _two_tile_forward_kernel if p.tail else _forward_kernel,
         (channels // p.slab, n),
         *(x, y, statistics, weight, bias, pre_shift, scale, shift),
         *(height * width, channels, num_groups),

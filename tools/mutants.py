@@ -95,14 +95,21 @@ MUTANTS = (
     ),
     Mutant(
         "deviations of the positions not merged with those of the means",
-        "kernels/norm_silu_triton.py",
+        "kernels/norm_silu_tiles.py",
         "tl.sum(deviations + away * away * count, axis=0)",
         "tl.sum(deviations, axis=0)",
         "tests/kernels/test_norm_silu.py::test_as_accurate_as_plain_pytorch",
     ),
     Mutant(
+        "groups that lie in two tiles counted in their first one only",
+        "kernels/norm_silu_tiles.py",
+        "tl.sum(of_v, axis=1) + tl.sum(tl.where(shared, w[None, :], 0.0), axis=1)",
+        "tl.sum(of_v, axis=1)",
+        "tests/kernels/test_norm_silu.py::test_as_accurate_as_plain_pytorch",
+    ),
+    Mutant(
         "variance as the mean square minus the squared mean",
-        "kernels/norm_silu_triton.py",
+        "kernels/norm_silu_tiles.py",
         "        squares = tl.sum(away * away, axis=0)",
         "        squares = tl.sum(tl.where(mask, u * u, 0.0), axis=0) - total * total * pixels",
         "tests/kernels/test_norm_silu.py::test_large_mean_small_deviation",
@@ -151,7 +158,7 @@ MUTANTS = (
     ),
     Mutant(
         "a kernel that forgets its last partial tile",
-        "kernels/norm_silu_triton.py",
+        "kernels/norm_silu_tiles.py",
         "mask = (offs_p < pixels)[:, None] & mask_c[None, :]",
         "mask = (offs_p < pixels - 1)[:, None] & mask_c[None, :]",
         "tests/kernels/test_norm_silu.py::test_as_accurate_as_plain_pytorch",

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kernels import dispatch, norm_silu
 from kernels.norm_silu import group_norm_silu, group_norm_silu_ref
-from kernels.norm_silu_triton import plan
+from kernels.norm_silu_tiles import plan
+from kernels.shapes import NETWORKS
 
 # N, C, H, W, groups: the published networks' kinds of groups, scaled down, then the nasty ones.
 SHAPES = {
@@ -21,6 +22,8 @@ SHAPES = {
     "groups of 36, ADM's 1152": (1, 72, 4, 4, 2),
     "groups of 42, ADM's 1344": (1, 168, 2, 2, 4),
     "one read of 32 x 32": (1, 16, 32, 32, 2),
+    "one read as tiles of 16 and 8": (1, 24, 32, 32, 4),
+    "one read as tiles of 64 and 8": (2, 72, 16, 15, 4),
     "swept, 48 x 48": (1, 32, 48, 48, 2),
     "swept, last tile partial": (1, 48, 45, 47, 2),
     "swept, slab wider than 128": (1, 336, 10, 10, 2),
@@ -231,6 +234,41 @@ def test_plan_reads_aligned_rows(itemsize: int, backward: bool) -> None:
             assert p.slab * itemsize % 16 == 0
             if itemsize == 2 and channels in (128, 256, 512) and size <= 32:
                 assert p.resident
+
+
+# Multiprocessors and their first-level cache, the second-level cache: A100, the smaller of the two.
+PROCESSORS, L1_BYTES, L2_BYTES = 108, 192 * 1024, 40 * 2**20
+SWEPT_FROM_L2 = {(576, 32), (960, 32)}
+SWEPT_FROM_MEMORY = {(960, 32), (192, 64), (384, 64), (576, 64)}
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_what_is_read_twice_fits_into_a_cache(backward: bool) -> None:
+    """One program runs on a multiprocessor (tests/kernels/test_aot.py), with what it sweeps over.
+
+    Up to 1,024 pixels that fits into the first-level cache beside it; above, all programs' slabs
+    fit into the second-level cache. The exceptions of backward, by name, are ADM's.
+    """
+    norms = {norm for network in NETWORKS for norm in network.norms()}
+    exceptions = set()
+    for norm in norms:
+        pixels = norm.size**2
+        p = plan(pixels, norm.channels, norm.groups, 2, backward=backward)
+        slab = p.slab * pixels * 2 * (2 if backward else 1)
+        limit = L1_BYTES if pixels <= 1024 else L2_BYTES // PROCESSORS
+        if not p.resident and slab > limit:
+            exceptions.add((norm.channels, norm.size))
+    assert exceptions == (SWEPT_FROM_L2 | SWEPT_FROM_MEMORY if backward else {(960, 32), (576, 64)})
+
+
+def test_forward_reads_once_up_to_1024_pixels() -> None:
+    norms = {norm for network in NETWORKS for norm in network.norms() if norm.size <= 32}
+    swept = {
+        (n.channels, n.size)
+        for n in norms
+        if not plan(n.size**2, n.channels, n.groups, 2, backward=False).resident
+    }
+    assert swept == {(576, 32), (960, 32), (960, 16), (1344, 16)}
 
 
 @pytest.mark.parametrize(
