@@ -17,7 +17,10 @@ class Device(Enum):
 
 
 class Engine(Enum):
+    """plain: PyTorch as it is, the specification; compiled: the same through torch.compile."""
+
     plain = "plain"
+    compiled = "compiled"
 
 
 class Kernels(Enum):
@@ -32,6 +35,13 @@ class Precision(Enum):
 
     published = "published"
     bf16 = "bf16"
+
+
+class CompileMode(Enum):
+    """torch.compile's modes that do not reuse their outputs' memory."""
+
+    default = "default"
+    autotune = "max-autotune-no-cudagraphs"
 
 
 class Reduction(Enum):
@@ -59,6 +69,16 @@ class DiscriminatorKind(Enum):
 
     projected = "projected"
     diffusion = "diffusion"
+
+
+@dataclass
+class CompileConfig:
+    """How engine=compiled compiles."""
+
+    mode: CompileMode = CompileMode.default
+    """max-autotune-no-cudagraphs (named autotune) tries several kernels for every convolution."""
+    cache: str | None = None
+    """Folder of compiled graphs and kernels, kept between runs; null: ~/.cache/fastgan."""
 
 
 @dataclass
@@ -185,6 +205,7 @@ class TrainConfig(RunConfig):
     """python -m fastgan.train"""
 
     engine: Engine = Engine.plain
+    compile: CompileConfig = field(default_factory=CompileConfig)
     precision: Precision = Precision.published
     nonfinite: NonFinite = NonFinite.skip
     share_fakes: bool = False

@@ -7,6 +7,8 @@ every function below does nothing.
 
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -85,6 +87,25 @@ def barrier() -> None:
     """Waits until every process is here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextmanager
+def main_first(most: timedelta = timedelta(hours=2)) -> Iterator[None]:
+    """Inside, the first process works alone; the others follow once it is done.
+
+    They wait `most` at the longest, more than a collective does: compiling takes minutes.
+    """
+    if not dist.is_initialized():
+        yield
+        return
+    group = dist.new_group(backend="gloo", timeout=most)
+    if not is_main():
+        dist.barrier(group)
+    try:
+        yield
+    finally:
+        if is_main():
+            dist.barrier(group)
 
 
 def shutdown() -> None:

@@ -4,11 +4,24 @@ import torch
 
 from fastgan import checks
 from fastgan import config as cfg
+from fastgan.compile_cache import prepare_compiler
 from fastgan.discriminator.base import Discriminator
 from fastgan.distributed import World
+from fastgan.kernel_choice import select_kernels
 from fastgan.models import Precond
+from fastgan.precision import strict_float32
+from fastgan.training.compiled import CompiledStep
 from fastgan.training.ema import averaged_copy
 from fastgan.training.step import PlainStep, StepSettings
+
+
+def prepare_process(config: cfg.TrainConfig, device: torch.device) -> None:
+    """Precision, kernels and compile caches of this process; UserError where they cannot be had."""
+    strict_float32()
+    compiled = config.engine is cfg.Engine.compiled
+    select_kernels(config.kernels.value, device, compiled=compiled)
+    if compiled:
+        prepare_compiler(config.compile.cache, device)
 
 
 def make_step(
@@ -28,7 +41,10 @@ def make_step(
     average = averaged_copy(network)
     if config.precision is cfg.Precision.bf16 or world.device.type == "cuda":
         network.compute_dtype = torch.bfloat16
-    return PlainStep(network, average, discriminator, settings, world)
+    parts = (network, average, discriminator, settings, world)
+    if config.engine is cfg.Engine.compiled:
+        return CompiledStep(*parts, mode=config.compile.mode.value)
+    return PlainStep(*parts)
 
 
 def step_settings(config: cfg.TrainConfig, world: World) -> StepSettings:

@@ -13,8 +13,10 @@ from fastgan.errors import UserError
 from fastgan.files import replace_atomically
 
 CONFIG = "config.yaml"
-# What may differ when a run is taken up again: how long, how often, where, how it is looked at.
-_FREE = {"run_dir", "total_images", "tick", "snapshot", "keep", "dry_run", "device", "eval"}
+# What may differ when a run is taken up again: how long, how often, where and how fast, how it is
+# looked at.
+_FREE = {"run_dir", "total_images", "tick", "snapshot", "keep", "dry_run", "eval"}
+_FREE |= {"device", "engine", "compile"}
 
 
 def open_run_dir(config: RunConfig) -> Path:

@@ -15,9 +15,8 @@ def rho_grid(
     n: int, *, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_INIT, rho: float = RHO
 ) -> list[float]:
     """n noise levels from sigma_max to sigma_min (Karras et al. 2022, Eq. 5), without the 0."""
-    i = torch.arange(n, dtype=torch.float64) / max(n - 1, 1)
-    ends = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return (ends[0] + i * (ends[1] - ends[0])).pow(rho).tolist()
+    first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return [(first + i / max(n - 1, 1) * (last - first)) ** rho for i in range(n)]
 
 
 def few_step(

@@ -5,11 +5,9 @@ import torch
 from fastgan import build, checks, distributed
 from fastgan import config as cfg
 from fastgan.cli import hydra_command
-from fastgan.engine import make_step, step_settings
-from fastgan.kernel_choice import select_kernels
+from fastgan.engine import make_step, prepare_process, step_settings
 from fastgan.models import Precond
 from fastgan.models.freeze import freeze, frozen_share
-from fastgan.precision import strict_float32
 from fastgan.run import describe_batch, evaluation, provenance, say, schedule
 from fastgan.run_dir import open_run_dir
 from fastgan.training.loop import run_loop
@@ -19,8 +17,7 @@ def train(config: cfg.TrainConfig) -> None:
     """Fine-tunes the network of `init.path` against a discriminator, into a run directory."""
     checks.check_train(config)
     world = distributed.init(config.device.value)
-    strict_float32()
-    select_kernels(config.kernels.value, world.device)
+    prepare_process(config, world.device)
     settings, plan = step_settings(config, world), schedule(config)
     data = build.dataset(config.data)
     model = build.generator(config, data)

@@ -18,6 +18,8 @@ class Discriminator(nn.Module):
     """
 
     heads: nn.ModuleList
+    # How many feature networks answer.
+    branches = 1
     # Names of the submodules whose tensors come from files of their own, not from checkpoints.
     loaded_elsewhere: tuple[str, ...]
     provenance: list[dict[str, str]]
@@ -28,7 +30,19 @@ class Discriminator(nn.Module):
         labels: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> list[Tensor]:
+        views = self.views(images, generator)
+        return [self.branch(i, view, labels) for i, view in enumerate(views)]
+
+    def views(self, images: Tensor, generator: torch.Generator | None) -> list[Tensor]:
+        """What each branch looks at: the images, augmented for each of them apart."""
         raise NotImplementedError
+
+    def branch(self, index: int, view: Tensor, labels: Tensor | None) -> Tensor:
+        """One feature network's logits [N, patches]; draws nothing at random."""
+        raise NotImplementedError
+
+    def store_frozen(self, dtype: torch.dtype) -> None:
+        """Keeps what no checkpoint holds, the pre-trained features, in `dtype` from now on."""
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The heads' parameters: what an optimiser gets."""

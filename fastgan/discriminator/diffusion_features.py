@@ -58,17 +58,13 @@ class DiffusionDiscriminator(Discriminator):
             )
         self.heads.to(example.device)
 
-    def forward(
-        self,
-        images: Tensor,
-        labels: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> list[Tensor]:
-        """One entry [N, patches]: patches of the encoder's maps, shallow to deep, then pixels."""
-        if generator is not None:
-            images = diff_augment(images, self.augment, generator)
-        maps = zip(self.heads, self._maps(images, labels), strict=True)
-        return [torch.cat([head(x, labels).flatten(1) for head, x in maps], dim=1)]
+    def views(self, images: Tensor, generator: torch.Generator | None) -> list[Tensor]:
+        return [images if generator is None else diff_augment(images, self.augment, generator)]
+
+    def branch(self, index: int, view: Tensor, labels: Tensor | None) -> Tensor:
+        """Patches of the encoder's maps, shallow to deep, then of the pixels."""
+        maps = zip(self.heads, self._maps(view, labels), strict=True)
+        return torch.cat([head(x, labels).flatten(1) for head, x in maps], dim=1)
 
     def train(self, mode: bool = True) -> Self:
         """The frozen encoder stays in eval mode (dropout off)."""

@@ -39,7 +39,7 @@ class ProjectedDiscriminator(Discriminator):
     ) -> None:
         super().__init__()
         self.augment = check_policy(augment)
-        self.backbones = nn.ModuleList(backbones)
+        self.backbones, self.branches = nn.ModuleList(backbones), len(backbones)
         projections = [RandomProjection(backbone.channels) for backbone in backbones]
         self.projections = nn.ModuleList(projections)
         if label_dim:
@@ -50,21 +50,19 @@ class ProjectedDiscriminator(Discriminator):
         self.loaded_elsewhere = tuple(f"backbones.{i}.extractor" for i in range(len(backbones)))
         self.provenance = [backbone.provenance for backbone in backbones]
 
-    def forward(
-        self,
-        images: Tensor,
-        labels: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> list[Tensor]:
-        """Logits [N, patches] per backbone. Call fakes and reals apart: BatchNorm sees a batch."""
-        branches = zip(self.backbones, self.projections, self.heads, strict=True)
-        return [
-            heads(projection(backbone(self._augmented(images, generator))), labels)
-            for backbone, projection, heads in branches
-        ]
+    def views(self, images: Tensor, generator: torch.Generator | None) -> list[Tensor]:
+        if generator is None:
+            return [images] * len(self.heads)
+        return [diff_augment(images, self.augment, generator) for _ in self.heads]
 
-    def _augmented(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        return images if generator is None else diff_augment(images, self.augment, generator)
+    def branch(self, index: int, view: Tensor, labels: Tensor | None) -> Tensor:
+        """One backbone's logits. Call fakes and reals apart: BatchNorm sees a batch."""
+        maps = self.projections[index](self.backbones[index](view))
+        return self.heads[index](maps, labels)
+
+    def store_frozen(self, dtype: torch.dtype) -> None:
+        for prefix in self.loaded_elsewhere:
+            self.get_submodule(prefix).to(dtype)
 
 
 class _BranchHeads(nn.Module):

@@ -122,8 +122,12 @@ class Conv2d(nn.Module):
         assert weight is not None and bias is not None, "kernel 0 only resamples"
         trains = weight.requires_grad or bias.requires_grad
         as_it_is = weight.dtype == dtype and not weight.is_cuda
-        if trains or as_it_is or torch.compiler.is_compiling():
+        if trains or as_it_is:
             return Conv(weight.to(dtype), bias.to(dtype))
+        if torch.compiler.is_compiling():
+            # Graphs cannot look at addresses: whoever compiles has cast before (cast_frozen).
+            kept = self._cast is not None and self._cast[1].weight.dtype == dtype
+            return self._cast[1] if kept else Conv(weight.to(dtype), bias.to(dtype))
         # In-place changes (a loaded checkpoint) and moves to another device make a new copy.
         key = (dtype, weight.data_ptr(), weight._version, bias.data_ptr(), bias._version)
         if self._cast is None or self._cast[0] != key:
@@ -140,6 +144,16 @@ class Conv2d(nn.Module):
 
     def _add_bias(self, x: Tensor) -> Tensor:
         return x if self.bias is None else x + self.bias.to(x.dtype).reshape(1, -1, 1, 1)
+
+
+def cast_frozen(network: nn.Module, dtype: torch.dtype) -> None:
+    """Makes every frozen convolution's copy in `dtype` now, for graphs that are compiled later.
+
+    They keep reading these copies: weights loaded after that need another call.
+    """
+    for module in network.modules():
+        if isinstance(module, Conv2d) and module.weight is not None:
+            module.parameters_of_conv(dtype)
 
 
 class PositionalEmbedding(nn.Module):

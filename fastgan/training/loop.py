@@ -82,7 +82,7 @@ def run_loop(
     monitor = Monitor(
         run_dir, total_images=schedule.total_images, nimg=nimg, device=world.device, main=main
     )
-    averages, skipped_in_a_row = Averages(), 0
+    averages, skipped_in_a_row, begun = Averages(), 0, nimg
     with _outcome(monitor):
         if nimg:
             done = ", nothing left to do" if nimg >= schedule.total_images else ""
@@ -94,6 +94,8 @@ def run_loop(
             averages.add(result.scalars)
             nimg, iteration = nimg + schedule.batch, iteration + 1
             monitor.advance(schedule.batch)
+            if nimg == begun + schedule.batch:
+                monitor.first_iteration()
 
             # Divergence: gradients are averaged before they are checked, so that all ranks agree.
             skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0

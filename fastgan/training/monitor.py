@@ -44,7 +44,9 @@ class Monitor:
         self, run_dir: Path, *, total_images: int, nimg: int, device: torch.device, main: bool
     ) -> None:
         self.run_dir, self.device, self.main, self.nimg = run_dir, device, main, nimg
-        self._tick_start, self._tick_nimg = time.perf_counter(), nimg
+        self._start = self._tick_start = time.perf_counter()
+        self._tick_nimg = nimg
+        self._after_first = self._start, nimg
         self._bar = tqdm(
             total=total_images,
             initial=nimg,
@@ -59,9 +61,18 @@ class Monitor:
         self.nimg += images
         self._bar.update(images)
 
+    def first_iteration(self) -> None:
+        """Says how long the start took; img/s counts what follows, if anything does."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._after_first = time.perf_counter(), self.nimg
+        self.log(f"first iteration after {self._after_first[0] - self._start:.1f} s")
+
     def tick(self, means: dict[str, float]) -> None:
         """One line of stats.jsonl and log.txt about the images since the last tick."""
         now = time.perf_counter()
+        if self._tick_nimg < self._after_first[1] < self.nimg:
+            self._tick_start, self._tick_nimg = self._after_first
         images, seconds = self.nimg - self._tick_nimg, now - self._tick_start
         self._tick_start, self._tick_nimg = now, self.nimg
         stats = {
@@ -82,7 +93,9 @@ class Monitor:
         """Leaves what happens within (an evaluation, a checkpoint) out of img/s."""
         start = time.perf_counter()
         yield
-        self._tick_start += time.perf_counter() - start
+        stopped = time.perf_counter() - start
+        self._tick_start += stopped
+        self._after_first = self._after_first[0] + stopped, self._after_first[1]
 
     def metrics(self, values: dict[str, float]) -> None:
         """What a snapshot measured, if it did, to stats.jsonl and log.txt."""

@@ -4,6 +4,7 @@ This is the specification of the method: every faster engine is compared with it
 comes from (seed, purpose, iteration), so that an iteration is a function of the states before it.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -73,6 +74,8 @@ class StepSettings:
 class PlainStep:
     """Holds the networks and optimisers that one iteration updates, and runs it."""
 
+    fused_adam = False
+
     def __init__(
         self,
         generator: Precond,
@@ -90,6 +93,7 @@ class PlainStep:
             world=world,
             nonfinite=s.nonfinite,
             adam=s.adam,
+            fused=self.fused_adam,
             lr_factor=linear_decay(s.total_images, s.decay_from),
         )
         # Lazy R1 takes one D step in interval + 1 more: Adam is slowed down to match (StyleGAN2).
@@ -163,26 +167,40 @@ class PlainStep:
         self, reals: Tensor, fakes: list[Tensor], labels: Tensor | None, iteration: int
     ) -> dict[str, Tensor]:
         """Leaves D's gradients; returns its loss and the mean signs of its logits."""
-        kind = self.settings.loss
         augment = self._augmentation("D", iteration, reals.device)
         totals = reals.new_zeros(3)
         for part, fake in zip(rounds(len(reals), self.settings.batch_gpu), fakes, strict=True):
             # Two passes: the heads' BatchNorm must not mix the statistics of fakes and reals.
-            fake_logits = self._discriminate(fake, take(labels, part), augment)
-            real_logits = self._discriminate(reals[part], take(labels, part), augment)
-            loss = losses.fake_loss(fake_logits, kind) + losses.real_loss(real_logits, kind)
-            _backward(self._reduce(loss), self.update_d.parameters)
-            signs = [losses.mean_sign(logits) for logits in (real_logits, fake_logits)]
-            totals += torch.stack([loss.detach().mean(), *signs]) * len(fake)
+            of_part = take(labels, part)
+            loss_fake, sign_fake = self._pass(losses.fake_loss, fake, of_part, augment)
+            loss_real, sign_real = self._pass(losses.real_loss, reals[part], of_part, augment)
+            totals += torch.stack([loss_fake + loss_real, sign_real, sign_fake]) * len(fake)
         means = (totals / len(reals)).unbind()
         return dict(zip(("Loss/D", "Loss/sign_real", "Loss/sign_fake"), means, strict=True))
+
+    def _pass(
+        self,
+        loss_of: Callable[..., Tensor],
+        images: Tensor,
+        labels: Tensor | None,
+        augment: torch.Generator,
+    ) -> tuple[Tensor, Tensor]:
+        """Adds D's gradients from one kind of images; returns the mean loss and sign of logits.
+
+        Backward follows at once: one pass at a time is held, and the next one moves the heads'
+        power iterations.
+        """
+        logits = self._discriminate(images, labels, augment)
+        loss = loss_of(logits, self.settings.loss)
+        _backward(self._reduce(loss), self.update_d.parameters)
+        return loss.detach().mean(), losses.mean_sign(logits)
 
     def _accumulate_r1(self, reals: Tensor, labels: Tensor | None) -> Tensor:
         total = reals.new_zeros(())
         for part in rounds(len(reals), self.settings.batch_gpu):
             images = reals[part].detach().requires_grad_()
             with twice_differentiable():
-                logits = self._discriminate(images, take(labels, part), None)
+                logits = self._logits(images, take(labels, part), None)
                 penalty = losses.r1_penalty(logits, images)
             # A mean over the batch in both reductions, as published.
             weighted = self.settings.r1_weight * penalty
@@ -203,6 +221,11 @@ class PlainStep:
         ]
 
     def _discriminate(
+        self, images: Tensor, labels: Tensor | None, augment: torch.Generator | None
+    ) -> list[Tensor]:
+        return self._logits(images, labels, augment)
+
+    def _logits(
         self, images: Tensor, labels: Tensor | None, augment: torch.Generator | None
     ) -> list[Tensor]:
         with self._precision(images):

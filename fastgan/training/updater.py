@@ -1,6 +1,7 @@
 """What surrounds an optimiser's step: averaging over processes, finite gradients, learning rate."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -18,7 +19,8 @@ class Updater:
     """Adam over named parameters; called with gradients in place, it makes one update.
 
     `lr_factor` maps images seen to a factor on the optimiser's own learning rate. `adam`: PyTorch's
-    or, where it is installed, apex's FusedAdam (UserError where not).
+    or, where it is installed, apex's FusedAdam (UserError where not). `fused`: whether PyTorch's
+    updates all parameters in one kernel.
     """
 
     def __init__(
@@ -31,9 +33,11 @@ class Updater:
         nonfinite: NonFinite = "skip",
         lr_factor: Callable[[int], float] | None = None,
         adam: Adam = "torch",
+        fused: bool = False,
     ) -> None:
         self.names, self.parameters = list(parameters), list(parameters.values())
-        self.optimizer = _adam_class(adam)(self.parameters, lr=lr, betas=betas, eps=1e-8)
+        create = _adam_class(adam, fused)
+        self.optimizer = create(self.parameters, lr=lr, betas=betas, eps=1e-8)
         self.world, self.lr, self.nonfinite = world, lr, nonfinite
         self.lr_factor = lr_factor or (lambda nimg: 1.0)
 
@@ -71,14 +75,15 @@ class Updater:
                 self.optimizer.param_groups[0]["step"] = int(value)
                 continue
             parameter = known[name]
-            # Adam keeps its step count on the CPU, its moments beside the parameter.
-            device = value.device if entry == "step" else parameter.device
+            # Unless it is fused, Adam keeps its step count on the CPU.
+            on_cpu = entry == "step" and not self.optimizer.param_groups[0].get("fused")
+            device = torch.device("cpu") if on_cpu else parameter.device
             self.optimizer.state[parameter][entry] = value.to(device)
 
 
-def _adam_class(adam: Adam) -> Callable[..., torch.optim.Optimizer]:
+def _adam_class(adam: Adam, fused: bool) -> Callable[..., torch.optim.Optimizer]:
     if adam == "torch":
-        return torch.optim.Adam
+        return partial(torch.optim.Adam, fused=True) if fused else torch.optim.Adam
     found = fused_adam()
     if found is None:
         raise UserError(

@@ -112,7 +112,8 @@ def test_ticks_and_snapshots(tmp_path: Path) -> None:
     assert [line["Loss/G"] for line in stats(tmp_path)] == [1.0, 3.5, 6.0, 8.0]
     assert state(tmp_path) == {"status": "done", "nimg": 36, "exit_code": 0, "message": ""}
     log = (tmp_path / "log.txt").read_text().splitlines()
-    assert len(log) == 4 and "0.0 kimg" in log[0] and "G 1.0000" in log[0]
+    assert len(log) == 5 and log[0].startswith("first iteration after ")
+    assert "0.0 kimg" in log[1] and "G 1.0000" in log[1]
 
 
 def test_keys_of_a_gan_tick(tmp_path: Path) -> None:

@@ -1,0 +1,111 @@
+"""The plain step as a good engineer would speed it up in an afternoon: the honest opponent.
+
+G and each branch of D (backbone, mixing, heads) go through torch.compile, frozen weights are kept
+in the dtype that they compute in, Adam is fused. Losses, R1 and the order of things are the plain
+step's.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgan.discriminator.base import Discriminator
+from fastgan.distributed import World, main_first
+from fastgan.models import Precond
+from fastgan.models.layers import cast_frozen
+from fastgan.sampling import few_step
+from fastgan.training.ema import averaged_copy
+from fastgan.training.state import StepResult
+from fastgan.training.step import PlainStep, StepSettings
+
+
+class CompiledStep(PlainStep):
+    """A PlainStep whose networks are compiled by the first iterations.
+
+    `mode`: torch.compile's. With several processes the first one compiles before the others do, so
+    that they find its graphs, and the choices in them, in the compile cache. R1, one step in
+    seventeen, stays eager.
+    """
+
+    fused_adam = True
+
+    def __init__(
+        self,
+        generator: Precond,
+        average: Precond,
+        discriminator: Discriminator,
+        settings: StepSettings,
+        world: World,
+        *,
+        mode: str = "default",
+    ) -> None:
+        super().__init__(generator, average, discriminator, settings, world)
+        self.mode, self._prepared = mode, False
+
+        def generate(z: Tensor, labels: Tensor | None) -> Tensor:
+            return few_step(
+                generator, z, labels, steps=settings.steps, mid_sigma=settings.mid_sigma
+            )
+
+        def branch(index: int) -> Callable[[Tensor, Tensor | None], Tensor]:
+            return lambda view, labels: discriminator.branch(index, view, labels)
+
+        self._generate_compiled = self._compile(generate)
+        self._branches = [self._compile(branch(i)) for i in range(discriminator.branches)]
+
+    def run(self, reals: Tensor, labels: Tensor | None, iteration: int) -> StepResult:
+        if not self._prepared:
+            self._prepare(reals, labels)
+        return super().run(reals, labels, iteration)
+
+    def _prepare(self, reals: Tensor, labels: Tensor | None) -> None:
+        """What needs the final weights, before anything is compiled."""
+        if self.generator.compute_dtype is not None:
+            cast_frozen(self.generator, self.generator.compute_dtype)
+        if self.settings.discriminator_bf16:
+            self.discriminator.store_frozen(torch.bfloat16)
+        if reals.is_cuda:
+            self.discriminator.to(memory_format=torch.channels_last)
+        self._prepared = True
+        if self.world.size > 1:
+            with main_first():
+                if self.world.rank == 0:
+                    self._rehearse(reals, labels)
+
+    def _rehearse(self, reals: Tensor, labels: Tensor | None) -> None:
+        """An iteration of this process alone on copies, which leaves its graphs in the cache."""
+        generator = copy.deepcopy(self.generator)
+        alone = World(rank=0, local_rank=self.world.local_rank, size=1, device=reals.device)
+        settings = replace(self.settings, batch=len(reals))
+        discriminator = copy.deepcopy(self.discriminator)
+        networks = (generator, averaged_copy(generator), discriminator)
+        CompiledStep(*networks, settings, alone, mode=self.mode).run(reals, labels, 0)
+
+    def _compile(self, function: Callable[..., Tensor]) -> Any:
+        return torch.compile(function, fullgraph=True, dynamic=False, mode=self.mode)
+
+    def _generate(self, z: Tensor, labels: Tensor | None) -> Tensor:
+        return self._generate_compiled(z, labels)
+
+    def _discriminate(
+        self, images: Tensor, labels: Tensor | None, augment: torch.Generator | None
+    ) -> list[Tensor]:
+        views = self.discriminator.views(images, augment)
+        with self._precision(images):
+            logits = [f(view, labels) for f, view in zip(self._branches, views, strict=True)]
+        return [x.to(images.dtype) for x in logits]
+
+    def _accumulate_generator(
+        self, z: Tensor, labels: Tensor | None, iteration: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        # A compiled backward computes every gradient that is asked for by requires_grad, whatever
+        # `inputs=` says: in G's phase D must not ask.
+        self.discriminator.requires_grad_(False)
+        try:
+            return super()._accumulate_generator(z, labels, iteration)
+        finally:
+            self.discriminator.requires_grad_(True)
