@@ -69,7 +69,7 @@ class CompiledStep(PlainStep):
         if self.settings.discriminator_bf16:
             self.discriminator.store_frozen(torch.bfloat16)
         if reals.is_cuda:
-            self.discriminator.to(memory_format=torch.channels_last)
+            self.discriminator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._prepared = True
         if self.world.size > 1:
             with main_first():
