@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 PYTHONS := python3 python3.13 python3.12 python3.11
 
 .PHONY: help venv demo demo-study pretrain-demo test test-slow test-torch211 aot bench lint types
-.PHONY: clean
+.PHONY: budget gpu-wheels clean
 
 help: ## print this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 22
@@ -35,6 +35,13 @@ aot: .venv/.ready ## compile every kernel for sm_80 and sm_90 (no GPU needed): r
 
 bench: .venv/.ready ## kernel benchmarks; on a machine without a GPU tiny ones that are no speeds
 	@$(PYTHON) -m pytest benchmarks
+
+budget: .venv/.ready ## what the published experiments cost on A100, H100, H200: computed, with a plot
+	@$(PYTHON) tools/budget.py --plot docs/images/budget.png
+
+gpu-wheels: .venv/.ready ## wheels/: what tools/gpu_report.py takes to a GPU machine without network
+	@rm -rf wheels && $(PYTHON) -m pip wheel -qq --disable-pip-version-check --no-deps -w wheels \
+	    $$($(PYTHON) -m pip freeze | grep -E '^(hydra-core|omegaconf|antlr4-python3-runtime)==')
 
 lint: .venv/.ready ## ruff: rules and format
 	@$(PYTHON) -m ruff check --quiet .

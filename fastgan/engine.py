@@ -9,15 +9,16 @@ from fastgan.discriminator.base import Discriminator
 from fastgan.distributed import World
 from fastgan.kernel_choice import select_kernels
 from fastgan.models import Precond
-from fastgan.precision import strict_float32
+from fastgan.precision import strict_float32, tuned_convolutions
 from fastgan.training.compiled import CompiledStep
 from fastgan.training.ema import averaged_copy
 from fastgan.training.step import PlainStep, StepSettings
 
 
 def prepare_process(config: cfg.TrainConfig, device: torch.device) -> None:
-    """Precision, kernels and compile caches of this process; UserError where they cannot be had."""
+    """Arithmetic, kernels, compile caches of this process; UserError where they cannot be had."""
     strict_float32()
+    tuned_convolutions()
     compiled = config.engine is cfg.Engine.compiled
     select_kernels(config.kernels.value, device, compiled=compiled)
     if compiled:

@@ -1,4 +1,4 @@
-"""The one place that sets arithmetic precision for the whole process."""
+"""The one place that sets arithmetic for the whole process."""
 
 import torch
 
@@ -10,3 +10,11 @@ def strict_float32() -> None:
     """
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+
+
+def tuned_convolutions() -> None:
+    """Lets cuDNN try its algorithms at every new shape and keep the fastest, as published.
+
+    For training, whose batches have one shape; sampling and evaluation end with a smaller one.
+    """
+    torch.backends.cudnn.benchmark = True

@@ -7,7 +7,7 @@ from fastgan import config as cfg
 from fastgan.cli import hydra_command
 from fastgan.distributed import World
 from fastgan.kernel_choice import select_kernels
-from fastgan.precision import strict_float32
+from fastgan.precision import strict_float32, tuned_convolutions
 from fastgan.run import describe_batch, evaluation, provenance, say, schedule
 from fastgan.run_dir import open_run_dir
 from fastgan.training.edm_step import EdmSettings, EdmStep, warmup_then_cosine
@@ -20,6 +20,7 @@ def pretrain(config: cfg.PretrainConfig) -> None:
     checks.check_run(config)
     world = distributed.init(config.device.value)
     strict_float32()
+    tuned_convolutions()
     select_kernels(config.kernels.value, world.device)
     settings, plan = edm_settings(config, world), schedule(config)
     data = build.dataset(config.data)

@@ -8,6 +8,7 @@ from fastgan.cli import hydra_command
 from fastgan.engine import make_step, prepare_process, step_settings
 from fastgan.models import Precond
 from fastgan.models.freeze import freeze, frozen_share
+from fastgan.performance.mfu import full_speed
 from fastgan.run import describe_batch, evaluation, provenance, say, schedule
 from fastgan.run_dir import open_run_dir
 from fastgan.training.loop import run_loop
@@ -47,6 +48,7 @@ def train(config: cfg.TrainConfig) -> None:
         network_config=model.architecture,
         provenance=provenance(model, data, "fastgan.train"),
         evaluate=evaluate,
+        full_speed=full_speed(config, model.architecture, world),
     )
 
 

@@ -21,6 +21,7 @@ from benchmarks import cases, measure, summarise, targets
 from benchmarks.results import Row, load, table
 from fastgan.errors import UserError, run_command
 from kernels.shapes import NETWORKS
+from tests.measured_record import check_record
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = ["id", "metric", "target", "unit", "status", "value", "machine", "command"]
@@ -81,22 +82,6 @@ def record(tmp_path: Path) -> Path:
     saved(tmp_path / "benchmarks/targets.json", rows)
     shutil.copy(ROOT / "benchmarks/README.md", tmp_path / "benchmarks/README.md")
     return tmp_path
-
-
-def check_record(root: Path) -> None:
-    """Open rows hold nothing; measured ones what their file holds and its samples give."""
-    for row in summarise.read_targets(root):
-        if row["status"] == "open":
-            assert [row[k] for k in ("value", "machine", "result_file", "date")] == [None] * 4
-            continue
-        file = root / row["result_file"]
-        held = json.loads(file.read_text())
-        assert held["targets"][row["id"]] == row["value"]
-        assert summarise.values(load([file]))[row["id"]] == pytest.approx(row["value"])
-        at_least = row["metric"].endswith("at least")
-        met = row["value"] >= row["target"] if at_least else row["value"] <= row["target"]
-        assert row["status"] == ("measured" if met else "missed")
-        assert row["machine"] == held["chip"]["name"] and row["date"] == held["datetime"][:10]
 
 
 def test_every_target_is_a_row() -> None:

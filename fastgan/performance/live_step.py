@@ -16,11 +16,9 @@ from fastgan.checkpoint.network_file import load_network_file
 from fastgan.checks import existing
 from fastgan.cli import compose
 from fastgan.distributed import World
-from fastgan.engine import make_step, step_settings
-from fastgan.kernel_choice import select_kernels
+from fastgan.engine import make_step, prepare_process, step_settings
 from fastgan.models.freeze import freeze
 from fastgan.models.published import PUBLISHED_NETWORKS
-from fastgan.precision import strict_float32
 from fastgan.training.state import StepResult
 from fastgan.training.step import PlainStep
 
@@ -83,8 +81,7 @@ def measured_config(experiment: str, overrides: list[str]) -> cfg.TrainConfig:
 def live_step(config: cfg.TrainConfig, device: torch.device) -> LiveStep:
     """Builds the step of `config` on `device` in this process alone."""
     world = World(rank=0, local_rank=0, size=1, device=device)
-    strict_float32()
-    select_kernels(config.kernels.value, device)
+    prepare_process(config, device)
     data = _noise_for(config)
     network = build.generator(config, data).network
     discriminator = build.discriminator(config, network, data)

@@ -68,11 +68,13 @@ def run_loop(
     network_config: dict[str, Any],
     provenance: dict[str, Any],
     evaluate: Callable[[Precond, int], dict[str, float]],
+    full_speed: float | None = None,
 ) -> None:
     """Trains from the latest checkpoint in `run_dir` (or from the start) to `total_images`.
 
     `draw(iteration)` gives this process's reals [local, C, H, W] and one-hot labels; `evaluate`
     is called on all processes with the averaged network at every snapshot and returns its metrics.
+    `full_speed`: see Monitor.
     state.json says how it went; raises Diverged after MAX_SKIPPED iterations in a row without an
     update.
     """
@@ -80,7 +82,12 @@ def run_loop(
     nimg, iteration = _resume(step, checkpoints)
     main = world.rank == 0
     monitor = Monitor(
-        run_dir, total_images=schedule.total_images, nimg=nimg, device=world.device, main=main
+        run_dir,
+        total_images=schedule.total_images,
+        nimg=nimg,
+        device=world.device,
+        main=main,
+        full_speed=full_speed,
     )
     averages, skipped_in_a_row, begun = Averages(), 0, nimg
     with _outcome(monitor):

@@ -38,12 +38,24 @@ class Averages:
 
 
 class Monitor:
-    """Writes a run's records and counts its images; silent on every process but the first."""
+    """Writes a run's records and counts its images; silent on every process but the first.
+
+    `full_speed`: images per second at which every GPU would compute at its peak rate, all
+    processes together; None where that is not known, and then Timing/mfu is left out.
+    """
 
     def __init__(
-        self, run_dir: Path, *, total_images: int, nimg: int, device: torch.device, main: bool
+        self,
+        run_dir: Path,
+        *,
+        total_images: int,
+        nimg: int,
+        device: torch.device,
+        main: bool,
+        full_speed: float | None = None,
     ) -> None:
         self.run_dir, self.device, self.main, self.nimg = run_dir, device, main, nimg
+        self.full_speed = full_speed
         self._start = self._tick_start = time.perf_counter()
         self._tick_nimg = nimg
         self._after_first = self._start, nimg
@@ -83,6 +95,8 @@ class Monitor:
             **means,
             "timestamp": time.time(),
         }
+        if self.full_speed is not None:
+            stats["Timing/mfu"] = stats["Timing/img_per_sec"] / self.full_speed
         self.record(stats)
         losses = " ".join(f"{k.split('/')[1]} {v:.4f}" for k, v in sorted(means.items()))
         speed = f"{stats['Timing/img_per_sec']:8.1f} img/s"

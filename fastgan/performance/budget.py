@@ -1,0 +1,221 @@
+"""What an experiment costs on a machine, computed from its counts and stated assumptions.
+
+Two speeds. The floor: every product at `floor_efficiency` of the matrix rate, norms, optimisers and
+EMA at full copy bandwidth, communication hidden, nothing else takes time. The expected one: every
+layer takes the longest of its arithmetic, its memory traffic and `layer_seconds`; gradients are
+averaged behind the backward pass; the GPU waits `idle_share` of the time. Both are of the iteration
+that fastgan/training/step.py makes, without start, sampling, measuring or saving.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from fastgan import config as cfg
+from fastgan.performance.counts import Layer, flop
+from fastgan.performance.iteration import Iteration, Parameters, Part, Work, count_iteration
+from fastgan.performance.iteration import iteration_flop as iteration_flop
+from fastgan.performance.live_step import measured_config
+from fastgan.performance.machines import (
+    GPUS_PER_NODE,
+    MACHINES,
+    Assumptions,
+    Machine,
+    Measured,
+    assumptions,
+)
+
+GPUS = (1, 8, 16, 32, 64)
+IMAGES = 5_000_000
+GIB = 2**30
+# Bytes per parameter and update: Adam reads the value, its gradient and two moments and writes all
+# but the gradient, the check for finite gradients reads them once more; the EMA reads two, writes.
+_ADAM, _EMA = 7 * 4 + 4, 3 * 4
+Json = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An experiment on a number of GPUs of one kind."""
+
+    experiment: str
+    machine: Machine
+    gpus: int
+    batch: int
+    """Images per iteration over all GPUs."""
+    precision: cfg.Precision
+    iteration: Iteration
+    assumptions: Assumptions
+
+    @property
+    def problem(self) -> str | None:
+        """Why this number of GPUs cannot train the experiment, or None."""
+        if self.batch % self.gpus:
+            return f"batch {self.batch} does not split over {self.gpus} GPUs"
+        return None
+
+    @property
+    def batch_gpu(self) -> int:
+        assert self.problem is None
+        return self.batch // self.gpus
+
+    @property
+    def floor_img_s(self) -> float:
+        return self.batch / max(self._floor_seconds(), self._allreduce_seconds())
+
+    @property
+    def expected_img_s(self) -> float:
+        busy = self._expected_seconds() + self._allreduce_seconds()
+        return self.batch * (1 - self._assumed("idle_share")) / busy
+
+    @property
+    def hours_5m(self) -> float:
+        return IMAGES / self.expected_img_s / 3600
+
+    @property
+    def fits_memory(self) -> bool:
+        return self.memory_gib()["peak"] <= self._assumed("memory")
+
+    def memory_gib(self) -> dict[str, float]:
+        """GiB on each GPU by part, with a whole `batch_gpu` in one forward pass.
+
+        weights: float32, frozen ones of G in bf16 beside it. activations_g: kept for G's backward
+        by the frozen ops (kernels/); _d: kept by PyTorch's layers for the gradient down to the
+        fakes; _r1: the same for the graph of that gradient too, at a moment without G's.
+        """
+        p, images, counted = self.iteration.parameters, self.batch_gpu, self.iteration
+        everything = p.generator + p.frozen_discriminator + p.heads
+        kept_g = 2 * images * _kept(counted.generator)
+        kept_d = self._width("heads") * images * _kept(counted.discriminator)
+        fixed = {
+            "weights": 4 * everything + 2 * (p.generator - p.trained),
+            "gradients": 4 * max(p.trained, p.heads),
+            "optimiser": 8 * (p.trained + p.heads),
+            "ema": 4 * p.trained,
+        }
+        kept_r1 = 2 * kept_d if counted.has_r1 else 0
+        kept = {"activations_g": kept_g, "activations_d": kept_d, "activations_r1": kept_r1}
+        peak = sum(fixed.values()) + max(kept_g + kept_d, kept_r1)
+        return {name: count / GIB for name, count in {**fixed, **kept, "peak": peak}.items()}
+
+    def as_json(self) -> Json:
+        """One entry of `tools/budget.py --json`; speeds are null where the batch does not split."""
+        counted, possible = self.iteration, self.problem is None
+        return {
+            "experiment": self.experiment,
+            "machine": self.machine.name,
+            "gpus": self.gpus,
+            "batch": self.batch,
+            "batch_gpu": self.batch_gpu if possible else None,
+            "precision": self.precision.value,
+            "computed": True,
+            "g_forward_gflop": flop(counted.generator) / 1e9,
+            "d_forward_gflop": flop(counted.discriminator) / 1e9,
+            "iteration_gflop": counted.flop / 1e9,
+            "allreduce_bytes": counted.parameters.allreduce_bytes,
+            "floor_img_s": self.floor_img_s if possible else None,
+            "expected_img_s": self.expected_img_s if possible else None,
+            "hours_5m": self.hours_5m if possible else None,
+            "memory_gib": self.memory_gib() if possible else None,
+            "fits_memory": self.fits_memory if possible else None,
+            "problem": self.problem,
+            "assumptions": {k: a.as_json() for k, a in self.assumptions.items()},
+        }
+
+    def _assumed(self, name: str) -> float:
+        return self.assumptions[name].value
+
+    def _width(self, part: Part) -> int:
+        """Bytes of an activation."""
+        strict = part != "generator" and self.precision is cfg.Precision.published
+        return 4 if strict else 2
+
+    def _rate(self, part: Part) -> float:
+        """FLOP per second of the fastest products in this part's arithmetic."""
+        return self._assumed("float32_rate" if self._width(part) == 4 else "matmul_rate")
+
+    def _floor_seconds(self) -> float:
+        """Of an iteration of one GPU."""
+        products = sum(work.flop / self._rate(work.part) for work in self.iteration.work)
+        products /= self._assumed("floor_efficiency")
+        moved = sum(self._norm_bytes(work) for work in self.iteration.work)
+        copied = self.batch_gpu * moved + _update_bytes(self.iteration.parameters)
+        return self.batch_gpu * products + copied / self._assumed("copy_bandwidth")
+
+    def _norm_bytes(self, work: Work) -> float:
+        """Per image; 0 for other layers."""
+        if work.layer.kind != "norm":
+            return 0.0
+        layer = work.layer
+        elements = work.forward * layer.moved + work.input_grad * layer.moved_back
+        return self._width(work.part) * elements
+
+    def _expected_seconds(self) -> float:
+        """Of an iteration of one GPU, while it works."""
+        copied = _update_bytes(self.iteration.parameters) / self._copy_rate()
+        return copied + sum(self._layer_seconds(work) for work in self.iteration.work)
+
+    def _copy_rate(self) -> float:
+        return self._assumed("copy_bandwidth") * self._assumed("copy_share")
+
+    def _layer_seconds(self, work: Work) -> float:
+        """All passes of a layer over this GPU's images."""
+        layer, n = work.layer, self.batch_gpu
+        forward, dgrad = (self._assumed(f"conv_{d}_efficiency") for d in ("forward", "dgrad"))
+        sustained = self._rate(work.part) * self._assumed("sustained_share")
+        # A norm's pass backward gives the gradients of its parameters as well.
+        weight_grad = 0.0 if layer.kind == "norm" else work.weight_grad
+        passes = (
+            (work.forward, layer.flop, layer.moved, forward),
+            (work.input_grad, layer.input_grad_flop, layer.moved_back, dgrad),
+            (weight_grad, layer.flop, layer.moved_back, dgrad),
+        )
+        total = 0.0
+        for count, products, elements, efficiency in passes:
+            traffic = self._width(work.part) * (n * elements + layer.weights)
+            longest = max(
+                n * products / (sustained * efficiency),
+                traffic / self._copy_rate(),
+                self._assumed("layer_seconds"),
+            )
+            total += count * longest
+        return total
+
+    def _allreduce_seconds(self) -> float:
+        """A ring over all GPUs, whose slowest link decides."""
+        bandwidth = self._assumed("node_bandwidth")
+        if self.gpus > GPUS_PER_NODE:
+            bandwidth = min(bandwidth, self._assumed("network_bandwidth"))
+        travelling = 2 * (self.gpus - 1) / self.gpus * self.iteration.parameters.allreduce_bytes
+        return travelling / bandwidth
+
+
+def budgets(
+    experiment: str, overrides: Iterable[str], measured: Measured, gpus: Iterable[int] = GPUS
+) -> list[Budget]:
+    """Of configs/experiment/`experiment`.yaml in bf16 on every machine; `overrides` (key=value)
+    come last. UserError: no such experiment or key."""
+    config = measured_config(experiment, ["precision=bf16", *overrides])
+    counted = count_iteration(config)
+    found = []
+    for machine in MACHINES:
+        assumed = assumptions(machine, measured)
+        common = (config.batch, config.precision, counted, assumed)
+        found += [Budget(experiment, machine, n, *common) for n in gpus]
+    return found
+
+
+def smallest(example: Budget, hours: float) -> Budget | None:
+    """The fewest GPUs, up to a node's eight and then nodes, with which `example` takes `hours`."""
+    for gpus in (*range(1, GPUS_PER_NODE), *range(GPUS_PER_NODE, GPUS[-1] + 1, GPUS_PER_NODE)):
+        found = replace(example, gpus=gpus)
+        if found.problem is None and found.hours_5m <= hours:
+            return found
+    return None
+
+
+def _kept(layers: Iterable[Layer]) -> int:
+    return sum(layer.kept for layer in layers)
+
+
+def _update_bytes(p: Parameters) -> int:
+    return _ADAM * (p.trained + p.heads) + _EMA * p.trained

@@ -1,0 +1,145 @@
+"""What a budget presumes of a GPU machine: datasheet numbers, assumptions, and what was measured.
+
+Datasheets: NVIDIA A100 80GB SXM, H100 SXM, H200 SXM; bfloat16 without sparsity, float32 without
+tensor cores. `measured_rates` reads what tools/gpu_report.py left in benchmarks/results/.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fastgan.errors import UserError
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+GPUS_PER_NODE = 8
+_LARGEST_FILE = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A node of eight GPUs by its datasheet; rates per second and GPU."""
+
+    name: str
+    chip: str
+    """The GPU's name as its driver says it."""
+    bf16_flop: float
+    fp32_flop: float
+    bandwidth: float
+    """Bytes read and written."""
+    nvlink: float
+    """Bytes to the other GPUs of the node, one direction."""
+    memory_gib: float
+    """What is left to a program, roughly."""
+
+
+MACHINES = (
+    Machine("A100", "NVIDIA A100-SXM4-80GB", 312e12, 19.5e12, 2.039e12, 300e9, 79),
+    Machine("H100", "NVIDIA H100 80GB HBM3", 989e12, 67e12, 3.35e12, 450e9, 79),
+    Machine("H200", "NVIDIA H200", 989e12, 67e12, 4.8e12, 450e9, 139),
+)
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """A number that a budget stands on, and where it comes from."""
+
+    value: float
+    unit: str
+    source: str
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+Assumptions = dict[str, Assumption]
+Measured = dict[str, tuple[str, dict[str, float]]]
+"""Machine name -> (the file, what it says)."""
+
+# Key of rates.json -> bounds outside of which a number is no measurement of such a GPU.
+_MEASURABLE = {
+    "copy_bandwidth": (1e11, 2e13),
+    "matmul_rate": (1e13, 1e16),
+    "float32_rate": (1e12, 1e15),
+    "conv_forward_efficiency": (0.01, 1.2),
+    "conv_dgrad_efficiency": (0.01, 1.2),
+}
+
+
+def assumptions(machine: Machine, measured: Measured) -> Assumptions:
+    """All that a budget on `machine` presumes; measured numbers take the datasheet's place."""
+    m, seen = machine, "assumed"
+    found = {
+        "matmul_rate": Assumption(m.bf16_flop, "bf16 FLOP/s", "datasheet"),
+        "float32_rate": Assumption(m.fp32_flop, "FLOP/s without tensor cores", "datasheet"),
+        "copy_bandwidth": Assumption(m.bandwidth, "B/s read + written", "datasheet"),
+        "memory": Assumption(m.memory_gib, "GiB", "datasheet, less what the driver takes"),
+        "sustained_share": Assumption(0.8, "of the FLOP/s above, by a large product", seen),
+        "conv_forward_efficiency": Assumption(0.55, "of a large product's rate", seen),
+        "conv_dgrad_efficiency": Assumption(0.55, "of it, both gradients", seen),
+        "floor_efficiency": Assumption(0.75, "of the FLOP/s above, in the floor", seen),
+        "copy_share": Assumption(0.8, "of copy bandwidth, by norms and other passes", seen),
+        "layer_seconds": Assumption(5e-6, "s at least, a layer in one direction", seen),
+        "idle_share": Assumption(0.1, "of an iteration in which the GPU waits", seen),
+        "node_bandwidth": Assumption(0.8 * m.nvlink, "B/s all-reduce: 80% of NVLink", seen),
+        "network_bandwidth": Assumption(25e9, "B/s per GPU between nodes: 200 Gb/s", seen),
+    }
+    file, values = measured.get(machine.name, ("", {}))
+    for key, value in values.items():
+        found[key] = Assumption(value, found[key].unit, f"measured, {file}")
+    if "matmul_rate" in values:
+        unit = found["sustained_share"].unit
+        found["sustained_share"] = Assumption(1.0, unit, "they are such a product's")
+    convolutions = [values.get(f"conv_{d}_efficiency", 0) for d in ("forward", "dgrad")]
+    if max(convolutions) > found["floor_efficiency"].value:
+        unit = found["floor_efficiency"].unit
+        found["floor_efficiency"] = Assumption(max(convolutions), unit, f"measured, {file}")
+    return found
+
+
+def measured_rates(folder: Path = RESULTS) -> Measured:
+    """The rates of the machines known here from `folder`/*/rates.json, later names win.
+
+    Dry runs and other chips are passed over. UserError where a file cannot be read or a number is
+    none of such a GPU.
+    """
+    found: Measured = {}
+    for path in sorted(folder.glob("*/rates.json")):
+        content = _read(path)
+        names = [m.name for m in MACHINES if m.chip == content.get("chip")]
+        if names and not content.get("dry_run"):
+            place = f"{path.parent.name}/{path.name}"
+            found[names[0]] = place, _checked(content, path)
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _LARGEST_FILE:
+            raise ValueError("larger than 64 MiB")
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"cannot read the rates ({error}), {path}, a file of tools/gpu_report.py expected"
+        ) from error
+    return content
+
+
+def _checked(content: dict[str, Any], path: Path) -> dict[str, float]:
+    """The known keys that are present, each a finite number within its bounds."""
+    found: dict[str, float] = {}
+    by_arithmetic = content.get("matmul_rates")
+    if isinstance(by_arithmetic, dict):
+        content = content | {"float32_rate": by_arithmetic.get("fp32")}
+    for key, (low, high) in _MEASURABLE.items():
+        value = content.get(key)
+        if value is None:
+            continue
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or not low <= value <= high:
+            raise UserError(f"{key} is {value!r}, {path}, {low:g} to {high:g} expected")
+        found[key] = float(value)
+    return found

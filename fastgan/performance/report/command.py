@@ -1,0 +1,79 @@
+"""What tools/gpu_report.py does once its arguments are read and Hydra can be imported."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from fastgan.errors import UserError
+from fastgan.performance.report import kernel_benchmarks, report
+from fastgan.performance.report.pack import pack
+from fastgan.performance.report.parts import Case, Part, all_parts, select
+from fastgan.performance.report.results import Content
+from fastgan.performance.report.runner import Runner, claim, terminable
+
+OUT = "runs/gpu-report"
+
+
+def prepare(options: argparse.Namespace) -> tuple[list[Case], list[Part]]:
+    """The cases that are meant, and all parts. UserError: the options do not fit each other, or
+    this machine."""
+    parts = all_parts()
+    cases = select(parts, options.part, options.tiny)
+    if options.tiny and options.update:
+        raise UserError("a dry run is no measurement, --tiny --update, one of them alone would do")
+    if not (options.list or options.tiny or options.summary or torch.cuda.is_available()):
+        where = "--update" if options.update else "on this machine"
+        raise UserError(
+            f"no GPU, {where}, --tiny for a dry run or --summary for results brought here would do"
+        )
+    options.out = options.out or Path(f"{OUT}-tiny" if options.tiny else OUT)
+    if options.summary and not (options.out / "kind.json").is_file():
+        raise UserError(f"no results, --out {options.out}, the folder of a report would do")
+    return cases, parts
+
+
+def list_cases(cases: list[Case], parts: list[Part]) -> None:
+    """Prints them part by part with the time that each should take."""
+    for part in parts:
+        mine = [case for case in cases if case.part == part.name]
+        if mine:
+            print(f"{part.name}: {part.summary}")
+        for case in mine:
+            print(f"  {case.label:40} {case.seconds / 60:5.1f} min expected on an H200")
+    print(f"{'all':42} {sum(case.seconds for case in cases) / 60:5.1f} min")
+
+
+def measure(
+    options: argparse.Namespace, cases: list[Case], parts: list[Part], unpacked: Path | None
+) -> tuple[Content, Runner]:
+    """Runs what has no result yet and writes the report after every case."""
+    claim(options.out, options.tiny)
+    out = options.out.resolve()
+    run = Runner(out, options.tiny, options.minutes, [unpacked] if unpacked else [])
+    new_kernels = options.summary
+    if not options.summary:
+        if options.again:
+            report.forget(cases, out)
+        with terminable():
+            for case in run.run(cases):
+                report.write_report(out, parts, options.tiny, run.failed)
+                new_kernels |= case.part == "kernels"
+    if new_kernels:
+        kernel_benchmarks.write_table(out)
+    content = report.write_report(out, parts, options.tiny, run.failed)
+    print(f"{options.out / 'report.md'}: written, {len(content['missing'])} cases missing")
+    return content, run
+
+
+def conclude(options: argparse.Namespace, run: Runner) -> int:
+    """Packs, says what is left and how to go on; returns the exit status."""
+    if options.pack:
+        print(*pack(run.out, options.pack), sep="\n")
+    if run.left:
+        words = [word for word in sys.argv if word != "--again"]
+        print(f"left: {', '.join(case.label for case in run.left)}")
+        print(f"continue with: {shlex.join(['python', *words])}")
+    return 1 if run.failed else 0

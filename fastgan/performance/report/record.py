@@ -1,0 +1,67 @@
+"""What of a report becomes the project's record, and the names under which a target may ask for it.
+
+Kernels are recorded by `python -m benchmarks.summarise --update`; here are the other parts.
+"""
+
+from pathlib import Path
+
+from fastgan.files import replace_atomically
+from fastgan.performance.report.markdown import markdown
+from fastgan.performance.report.results import Content, write_json
+from fastgan.performance.report.variants import BASELINES
+
+KEPT = ("environment", "rates", "parity", "steps")
+
+
+def numbers(report: Content) -> dict[str, dict[str, float]]:
+    """Per part its measured numbers by the `id` that a row of benchmarks/targets.json would have.
+
+    rates: its own keys that are one number each (copy_bandwidth, conv_dgrad_efficiency ...).
+    steps: EXPERIMENT_VARIANT_QUANTITY, quantities img_s, mfu, iteration_ms, peak_gb,
+    vs_plain_published and vs_compiled_bf16 (how many times the baseline's images per second);
+    variants with _ for -.
+    """
+    rates = {k: v for k, v in report.get("rates", {}).items() if isinstance(v, float)}
+    steps: dict[str, float] = {}
+    for experiment, content in report.get("steps", {}).get("experiments", {}).items():
+        for variant, found in content["variants"].items():
+            values = _step_numbers(found) | _ratios(content["ratios"], variant)
+            prefix = f"{experiment}_{variant}".replace("-", "_")
+            steps |= {f"{prefix}_{k}": v for k, v in values.items() if v is not None}
+    return {"rates": rates, "steps": steps}
+
+
+def write_record(report: Content, folder: Path, wanted: set[str]) -> dict[str, tuple[float, str]]:
+    """Writes KEPT parts and the tables into `folder`, each JSON file with the `targets` that it
+    holds the values of; returns these of `wanted` ids with their file's name."""
+    found: dict[str, tuple[float, str]] = {}
+    measured = numbers(report)
+    for part in KEPT:
+        if part not in report:
+            continue
+        held = {k: v for k, v in measured.get(part, {}).items() if k in wanted}
+        write_json(folder / f"{part}.json", report[part] | {"targets": held})
+        found |= {name: (value, f"{part}.json") for name, value in held.items()}
+    with replace_atomically(folder / "report.md") as file:
+        file.write(markdown(report).encode())
+    return found
+
+
+def _step_numbers(found: Content) -> dict[str, float | None]:
+    if "img_s" not in found:
+        return {}
+    peak = found["facts"]["peak_r1"]
+    return {
+        "img_s": found["img_s"],
+        "mfu": found["mfu"],
+        "iteration_ms": found["iteration_ms"]["median"],
+        "peak_gb": None if peak is None else peak["allocated"] / 1e9,
+    }
+
+
+def _ratios(ratios: Content, variant: str) -> dict[str, float]:
+    return {
+        f"vs_{base.replace('-', '_')}": ratios[base][variant]["median"]
+        for base in BASELINES
+        if variant in ratios.get(base, {})
+    }

@@ -1,0 +1,172 @@
+"""The steps that are compared: every engine and precision that the configuration knows."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch._dynamo.utils import counters
+
+from fastgan import config as cfg
+from fastgan.performance.live_step import LiveStep, live_step, measured_config
+from fastgan.performance.report.results import Content
+from fastgan.performance.report.timing import DEVICE, ON_GPU, launches, seconds
+from fastgan.performance.tiny import tiny_overrides
+from kernels import dispatch
+
+BASELINES = ("plain-published", "compiled-bf16")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to run an experiment's iteration."""
+
+    engine: cfg.Engine
+    precision: cfg.Precision
+    share_fakes: bool = False
+
+    @property
+    def name(self) -> str:
+        shared = "-shared" if self.share_fakes else ""
+        return f"{self.engine.value}-{self.precision.value}{shared}"
+
+    def config(self, experiment: str, batch: int | None, tiny: bool) -> cfg.TrainConfig:
+        """Of `batch` images in one forward pass; None: as many as published for one GPU, which the
+        published runs accumulate from several such passes."""
+        overrides = [*tiny_overrides(experiment), "batch=1"] if tiny else []
+        overrides += [f"device={DEVICE.type}", f"engine={self.engine.value}"]
+        overrides += [f"precision={self.precision.value}", f"share_fakes={self.share_fakes}"]
+        config = measured_config(experiment, overrides)
+        config.batch_gpu = config.batch = batch or (
+            config.batch if tiny else config.loss.published_batch_gpu
+        )
+        return config
+
+
+def all_variants() -> list[Variant]:
+    """The authors' arithmetic, the same in bf16, every other engine, the last with shared fakes."""
+    engines = [engine for engine in cfg.Engine if engine is not cfg.Engine.plain]
+    bf16 = cfg.Precision.bf16
+    return [
+        Variant(cfg.Engine.plain, cfg.Precision.published),
+        Variant(cfg.Engine.plain, bf16),
+        *(Variant(engine, bf16) for engine in engines),
+        *(Variant(engine, bf16, share_fakes=True) for engine in engines[-1:]),
+    ]
+
+
+def take_settings() -> Content:
+    """What an engine may set for the whole process, as it is now."""
+    return {
+        "matmul": torch.backends.cuda.matmul.allow_tf32,
+        "cudnn": torch.backends.cudnn.allow_tf32,
+        "benchmark": torch.backends.cudnn.benchmark,
+        "kernels": dispatch._configured,
+    }
+
+
+def restore_settings(settings: Content) -> None:
+    """Variants take turns in one process; each must find the settings it was built with."""
+    torch.backends.cuda.matmul.allow_tf32 = settings["matmul"]
+    torch.backends.cudnn.allow_tf32 = settings["cudnn"]
+    torch.backends.cudnn.benchmark = settings["benchmark"]
+    dispatch.use(settings["kernels"])
+
+
+@dataclass
+class Running:
+    """A built variant; iterations are numbered as in training, since the number decides on R1."""
+
+    live: LiveStep
+    settings: Content
+    skipped: int = 0
+
+    @property
+    def interval(self) -> int:
+        return self.live.step.settings.r1_interval
+
+    def run(self, iteration: int) -> None:
+        self.skipped += len(self.live.run(iteration).skipped)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Inside, the process has this variant's settings."""
+        before = take_settings()
+        restore_settings(self.settings)
+        try:
+            yield
+        finally:
+            restore_settings(before)
+
+
+def build(config: cfg.TrainConfig) -> tuple[Running, Content]:
+    """A step that has settled, and what it took: seconds until the first iteration (compilation,
+    choice of algorithms) and the first R1 were done, memory beyond what lived before, launches.
+    `compiled_before`: torch.compile may have found finished graphs, the first seconds are fewer.
+
+    Peaks are of settled iterations: trials of algorithms take more, once. The caching allocator's
+    own number (reserved) is what a card must have.
+    """
+    compiled_before = _compiled_before()
+    before, start = _memory(), seconds()
+    live = live_step(config, DEVICE)
+    built = seconds()
+    running = Running(live, {})
+    interval = running.interval
+    assert interval > 5, "the iterations below must not be R1's"
+    running.run(1)
+    first = seconds()
+    running.run(interval)
+    facts: Content = {
+        "batch": config.batch,
+        "interval": interval,
+        "flop_per_image": _flop_per_image(config),
+        "compiled_before": compiled_before,
+        "build_seconds": built - start,
+        "first_step_seconds": first - built,
+        "first_r1_seconds": seconds() - first,
+    }
+    facts["peak"] = _peak(running, 2, before)
+    facts["peak_r1"] = _peak(running, 2 * interval, before)
+    facts["launches"] = launches(lambda: running.run(3))
+    running.settings = take_settings()
+    return running, facts
+
+
+def _flop_per_image(config: cfg.TrainConfig) -> float | None:
+    """Of an iteration on the published schedule; None where it cannot be counted."""
+    try:
+        from fastgan.performance.budget import iteration_flop
+    except ImportError:
+        return None
+    return iteration_flop(config)
+
+
+def _compiled_before() -> bool:
+    """Whether this variant may find graphs that another one, or a stopped process, compiled."""
+    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
+    return bool(counters["stats"]["unique_graphs"]) or (folder.name != "" and any(folder.glob("*")))
+
+
+def _memory() -> tuple[int, int]:
+    if not ON_GPU:
+        return 0, 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+
+def _peak(running: Running, iteration: int, before: tuple[int, int]) -> dict[str, int] | None:
+    """Bytes allocated and reserved at most during an iteration, less what there was `before`;
+    None on a CPU, whose memory PyTorch does not count."""
+    if not ON_GPU:
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    running.run(iteration)
+    torch.cuda.synchronize()
+    return {
+        "allocated": torch.cuda.max_memory_allocated() - before[0],
+        "reserved": torch.cuda.max_memory_reserved() - before[1],
+    }
