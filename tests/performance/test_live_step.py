@@ -1,15 +1,15 @@
 """Steps to measure: the published networks, and steps that need no files."""
 
 import json
+from collections.abc import Iterator
 
 import pytest
 import torch
-from torch.backends import cudnn
-from torch.backends.cuda import matmul
 
 from fastgan.models import network_from_config
 from fastgan.models.published import PUBLISHED_NETWORKS
 from fastgan.performance.live_step import live_step, measured_config
+from fastgan.performance.report.variants import restore_settings, take_settings
 from tests.conftest import GOLDEN
 
 CPU = torch.device("cpu")
@@ -38,15 +38,23 @@ def test_published_networks_have_the_parameters_of_the_released_files(name: str)
     assert sum(p.numel() for p in network.parameters()) > 50e6
 
 
-def test_a_step_runs_without_any_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((cudnn, "benchmark"), (cudnn, "allow_tf32"), (matmul, "allow_tf32")):
-        monkeypatch.setattr(module, name, name != "benchmark")
+@pytest.fixture
+def other_arithmetic() -> Iterator[None]:
+    """What training must not find."""
+    before = take_settings()
+    restore_settings(before | {"matmul": True, "cudnn": True, "benchmark": False})
+    yield
+    restore_settings(before)
+
+
+def test_a_step_runs_without_any_file(other_arithmetic: None) -> None:
     live = live_step(measured_config("cifar10_cond_d2o_f", SMALL), CPU)
     before = {n: t.clone() for n, t in live.state().items()}
     result = live.run(16)
     assert {"Loss/G", "Loss/D", "Loss/R1"} <= result.scalars.keys() and not result.skipped
     assert any((t != before[n]).any() for n, t in live.state().items() if n in before)
-    assert cudnn.benchmark and not cudnn.allow_tf32 and not matmul.allow_tf32
+    found = take_settings()
+    assert (found["matmul"], found["cudnn"], found["benchmark"]) == (False, False, True)
 
 
 def test_an_experiment_is_measured_at_its_own_settings() -> None:
