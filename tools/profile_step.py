@@ -1,0 +1,66 @@
+"""Where the time of a training step goes: a Chrome trace, a table by kind, img/s, MFU, memory.
+
+Random weights and noise as data, nothing to download. See docs/profiling.md.
+"""
+
+from pathlib import Path
+
+import torch
+
+from fastgan import checks
+from fastgan.errors import ArgumentParser, UserError, run_command
+from fastgan.performance.live_step import measured_config
+from fastgan.performance.profile import Request, profile_step
+from fastgan.performance.profile_report import table
+from fastgan.performance.tiny import tiny_overrides
+
+
+def main() -> None:
+    options = _parser().parse_intermixed_args()
+    experiment, overrides = _experiment(options.overrides)
+    if options.tiny:
+        small = tiny_overrides(experiment)
+        overrides = [*small, *([] if torch.cuda.is_available() else ["device=cpu"]), *overrides]
+    config = measured_config(experiment, overrides)
+    checks.check_train(config)
+    out = options.out or Path("runs", "profile", f"{experiment}-{config.engine.value}")
+    request = Request(experiment, options.iterations, options.warmup, options.r1, options.tiny, out)
+    print(table(profile_step(config, request)))
+    print(f"\n{out}: profile.json, and traces to open in https://ui.perfetto.dev")
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="experiment=NAME, and any key of fastgan.train: engine=compiled, batch=64 ...",
+    )
+    parser.add_argument(
+        "--iterations", type=int, default=10, help="on the clock, without R1 (default: 10)"
+    )
+    parser.add_argument(
+        "--warmup", type=int, default=3, help="before that, compiling included (default: 3)"
+    )
+    parser.add_argument("--r1", action="store_true", help="profile iterations with R1 as well")
+    parser.add_argument(
+        "--tiny", action="store_true", help="shrunk networks and batch; on the CPU without a GPU"
+    )
+    parser.add_argument("--out", type=Path, help="folder (default: runs/profile/EXPERIMENT-ENGINE)")
+    return parser
+
+
+def _experiment(overrides: list[str]) -> tuple[str, list[str]]:
+    """The experiment's name and the other overrides; UserError where it is not named once."""
+    names = [o.removeprefix("experiment=") for o in overrides if o.startswith("experiment=")]
+    if len(names) != 1 or not names[0]:
+        raise UserError(
+            f"{len(names)} experiments named, on the command line, "
+            "experiment=cifar10_uncond_d2o_f would be one"
+        )
+    return names[0], [o for o in overrides if not o.startswith("experiment=")]
+
+
+if __name__ == "__main__":
+    run_command(main)
