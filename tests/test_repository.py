@@ -22,14 +22,15 @@ MACHINE_PATH = re.compile(rf"(?<![\w.:/-])/(?:{ROOTS})/")
 
 EXPERIMENTS = {path.stem: path for path in (ROOT / "configs/experiment").glob("*.yaml")}
 # Who must not import what: the rows of docs/architecture.md from the bottom up.
-CONFIGURATION = {f"fastgan.{name}" for name in ("config", "cli", "build", "run", "run_dir")}
+CONFIGURATION = {f"fastgan.{n}" for n in ("config", "cli", "build", "engine", "run", "run_dir")}
 COMMANDS = {f"fastgan.{name}" for name in ("train", "pretrain", "sample", "evaluate")}
 HYDRA = {"hydra", "omegaconf"}
-ABOVE_TRAINING = {"tools", *HYDRA, *CONFIGURATION, *COMMANDS}
+ABOVE_TRAINING = {"tools", "fastgan.performance", *HYDRA, *CONFIGURATION, *COMMANDS}
 ABOVE_PARTS = {"fastgan.training", *ABOVE_TRAINING}
 PARTS = ("models", "discriminator", "data", "evaluation", "checkpoint", "sampling")
 ABOVE_GROUND = {*(f"fastgan.{name}" for name in PARTS), *ABOVE_PARTS}
 GROUND = ("errors", "files", "noise", "seeding", "distributed", "precision", "vision")
+GROUND += ("compile_cache",)
 FORBIDDEN = {
     "training": ABOVE_TRAINING,
     **dict.fromkeys(PARTS, ABOVE_PARTS),

@@ -126,8 +126,9 @@ class Conv2d(nn.Module):
             return Conv(weight.to(dtype), bias.to(dtype))
         if torch.compiler.is_compiling():
             # Graphs cannot look at addresses: whoever compiles has cast before (cast_frozen).
-            kept = self._cast is not None and self._cast[1].weight.dtype == dtype
-            return self._cast[1] if kept else Conv(weight.to(dtype), bias.to(dtype))
+            if self._cast is not None and self._cast[1].weight.dtype == dtype:
+                return self._cast[1]
+            return Conv(weight.to(dtype), bias.to(dtype))
         # In-place changes (a loaded checkpoint) and moves to another device make a new copy.
         key = (dtype, weight.data_ptr(), weight._version, bias.data_ptr(), bias._version)
         if self._cast is None or self._cast[0] != key:

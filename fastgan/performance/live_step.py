@@ -17,6 +17,7 @@ from fastgan.checks import existing
 from fastgan.cli import compose
 from fastgan.distributed import World
 from fastgan.engine import make_step, prepare_process, step_settings
+from fastgan.errors import UserError
 from fastgan.models.freeze import freeze
 from fastgan.models.published import PUBLISHED_NETWORKS
 from fastgan.training.state import StepResult
@@ -72,6 +73,11 @@ def measured_config(experiment: str, overrides: list[str]) -> cfg.TrainConfig:
         base.append("init.path=null")
     config: cfg.TrainConfig = compose("train", cfg.TrainConfig, [*base, *overrides])
     if config.init.path is None and config.init.network is None:
+        if dataset not in PUBLISHED_NETWORKS:
+            raise UserError(
+                f"experiment={experiment} has no published network and init.path is null, "
+                "init.network={model_type: ..., model_channels: ...} would be one"
+            )
         config.init.network = dict(PUBLISHED_NETWORKS[dataset])
     if not any(o.startswith("discriminator.weights") for o in overrides):
         config.discriminator.weights = dict.fromkeys(config.discriminator.backbones, "random")

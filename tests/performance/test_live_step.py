@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fastgan.errors import UserError
 from fastgan.models import network_from_config
 from fastgan.models.published import PUBLISHED_NETWORKS
 from fastgan.performance.live_step import live_step, measured_config
@@ -62,3 +63,8 @@ def test_an_experiment_is_measured_at_its_own_settings() -> None:
     assert config.batch == 512 and config.optim.lr_d == 4e-5 and config.freeze.level == 1
     assert config.init.network == PUBLISHED_NETWORKS["imagenet64"]
     assert set(config.discriminator.weights.values()) == {"random"}
+
+
+def test_an_experiment_without_a_network_asks_for_one() -> None:
+    with pytest.raises(UserError, match=r"cifar10_narrow_d2o_f .* init\.network="):
+        measured_config("cifar10_narrow_d2o_f", ["init.path=null"])
