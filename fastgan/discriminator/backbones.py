@@ -70,8 +70,10 @@ class Backbone(nn.Module):
     def _preprocess(self, images: Tensor) -> Tensor:
         # Larger images stay as large, unless the network is bound to its size.
         size = self.size if self.fixed_size else max(self.size, images.shape[-1])
-        dtype = next(self.extractor.parameters()).dtype
-        return resize_normalize(images, self.mean, self.std, size, dtype=dtype)
+        weights = list(self.extractor.parameters())
+        x = resize_normalize(images, self.mean, self.std, size, dtype=weights[0].dtype)
+        # It answers in channels_last; which layout is computed in, the weights decide.
+        return x.contiguous() if all(w.is_contiguous() for w in weights) else x
 
 
 def load_backbone(name: str, weights: str | None = None, *, seed: int = 0) -> Backbone:

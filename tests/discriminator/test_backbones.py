@@ -1,5 +1,6 @@
 """Feature levels, preprocessing, loading and double differentiability of the backbones."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -124,6 +125,18 @@ def test_preprocessing(lite0):
     torch.testing.assert_close(lite0._preprocess(images(1, 224)), images(1, 224))
     vit = load_backbone("test_vit", "random")
     assert vit._preprocess(images(1, size=256)).shape[-1] == vit.size
+
+
+def test_the_weights_decide_the_layout(lite0):
+    """NCHW as published; an engine that wants channels_last converts the weights."""
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    copied = copy.deepcopy(lite0)
+    plain = copied(x)
+    assert copied._preprocess(x).is_contiguous()
+    copied.to(memory_format=torch.channels_last)
+    assert copied._preprocess(x).is_contiguous(memory_format=torch.channels_last)
+    for a, b in zip(plain, copied(x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_eval_mode_cannot_be_left(lite0):

@@ -37,6 +37,8 @@ class Variant:
         published runs accumulate from several such passes."""
         overrides = [*tiny_overrides(experiment), "batch=1"] if tiny else []
         overrides += [f"device={DEVICE.type}", f"engine={self.engine.value}"]
+        if self.engine is cfg.Engine.plain:  # as the authors, with PyTorch's own operators
+            overrides += ["kernels=library"]
         overrides += [f"precision={self.precision.value}", f"share_fakes={self.share_fakes}"]
         config = measured_config(experiment, overrides)
         config.batch_gpu = config.batch = batch or (
