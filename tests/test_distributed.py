@@ -17,7 +17,8 @@ from fastgan.evaluation.protocol import generator_statistics
 
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _WORKER = """
-import json, sys, torch
+import json, sys, time, torch
+from pathlib import Path
 from fastgan import distributed
 from fastgan.evaluation.protocol import generator_statistics
 sys.path.insert(0, sys.argv[1])
@@ -27,7 +28,11 @@ world = distributed.init("cpu", timeout_seconds=30)
 total = distributed.all_reduce_sum(torch.tensor([world.rank + 1.0]))
 told = distributed.broadcast_object({"from": world.rank})
 statistics = generator_statistics(sample, range(21), First(), 4)
-distributed.barrier()
+marker = Path(sys.argv[2], "first was here")
+with distributed.main_first():
+    assert marker.exists() != distributed.is_main()
+    time.sleep(0.5)
+    marker.touch()
 if distributed.is_main():
     print(json.dumps({
         "total": total.item(), "told": told, "size": world.size, "n": statistics.n,
@@ -91,7 +96,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         port = str(probe.getsockname()[1])
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", _WORKER, str(Path(__file__).parent)],
+            [sys.executable, "-c", _WORKER, str(Path(__file__).parent), str(tmp_path)],
             env={**os.environ, "OMP_NUM_THREADS": "1"}
             | dict(zip(_VARIABLES, (str(r), str(r), "2", "localhost", port), strict=True)),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

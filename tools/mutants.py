@@ -164,6 +164,34 @@ MUTANTS = (
         "tests/kernels/test_norm_silu.py::test_as_accurate_as_plain_pytorch",
     ),
     Mutant(
+        "an iteration that counts the discriminator's reals or fakes only",
+        "fastgan/performance/iteration.py",
+        "forward, input_grad = forward + 2, input_grad + 2 * trained.input_grad",
+        "forward, input_grad = forward + 1, input_grad + 2 * trained.input_grad",
+        "tests/performance/test_counts.py",
+    ),
+    Mutant(
+        "gaps of a trace that count twice",
+        "fastgan/performance/trace.py",
+        "            idle += time - now",
+        "            idle += 2 * (time - now)",
+        "tests/performance/test_profile.py",
+    ),
+    Mutant(
+        "MFU of one GPU in a run on eight",
+        "fastgan/performance/mfu.py",
+        "return world.size * peaks[0]",
+        "return peaks[0]",
+        "tests/performance/test_mfu.py",
+    ),
+    Mutant(
+        "processes that all compile at the same time",
+        "fastgan/distributed.py",
+        "    if not is_main():\n        dist.barrier(group)",
+        "    if is_main():\n        dist.barrier(group)",
+        "tests/test_distributed.py",
+    ),
+    Mutant(
         "the adjoint of going up not four times going down",
         "kernels/resample.py",
         "(4.0 if ctx.up else 0.25)",
@@ -222,8 +250,8 @@ MUTANTS = (
     Mutant(
         "R1 on augmented reals",
         "fastgan/training/step.py",
-        "self._discriminate(images, take(labels, part), None)",
-        'self._discriminate(images, take(labels, part), self._augmentation("R", 0, images.device))',
+        "self._logits(images, take(labels, part), None)",
+        'self._logits(images, take(labels, part), self._augmentation("R", 0, images.device))',
         "tests/training/test_step.py::test_r1_comes_every_16th_time_on_bare_reals_with_their_labels",
     ),
     Mutant(
@@ -236,9 +264,9 @@ MUTANTS = (
     Mutant(
         "fakes and reals in one pass through D",
         "fastgan/training/step.py",
-        "real_logits = self._discriminate(reals[part], take(labels, part), augment)",
-        "fake_logits, real_logits = zip(*(x.chunk(2) for x in self._discriminate("
-        "torch.cat([fake, reals[part]]), None, augment)))",
+        "        logits = self._discriminate(images, labels, augment)\n        loss = loss_of",
+        "        both = self._discriminate(torch.cat([images, -images]), None, augment)\n"
+        "        logits = [x.chunk(2)[0] for x in both]\n        loss = loss_of",
         "tests/training/test_step.py::test_fakes_and_reals_pass_apart",
     ),
     Mutant(
