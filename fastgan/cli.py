@@ -18,7 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 from fastgan import distributed
 from fastgan.errors import UserError, fail
 from fastgan.training.loop import DIVERGED, Diverged
+from fastgan.training.stop import PREEMPTED, Preempted
 
+# What ends a command without a traceback.
+_ENDS = (UserError, Diverged, Preempted, OmegaConfBaseException, KeyboardInterrupt)
 # How lines begin that tell a user nothing.
 _TECHNICAL = ("full_key:", "object_type=", "reference_type=", "See https://", "^")
 
@@ -51,7 +54,7 @@ def hydra_command(name: str, schema: type, run: Callable[[Any], None]) -> NoRetu
         try:
             run(typed(config))
             distributed.shutdown()
-        except (UserError, Diverged, OmegaConfBaseException, KeyboardInterrupt) as error:
+        except _ENDS as error:
             # SystemExit passes through Hydra, which prints the overrides above anything else.
             raise SystemExit(exit_status(error)) from None
 
@@ -64,7 +67,11 @@ def hydra_command(name: str, schema: type, run: Callable[[Any], None]) -> NoRetu
 
 
 def exit_status(error: BaseException) -> int:
-    """Says in one line what ended a command; 1, or 3 for a diverged run."""
+    """Says in one line what ended a command; 1, 3 for a diverged run, 75 for a stopped one."""
+    if isinstance(error, Preempted):
+        distributed.shutdown()
+        print(error, file=sys.stderr)
+        return PREEMPTED
     if isinstance(error, KeyboardInterrupt):
         fail("interrupted, the same command resumes from the latest checkpoint")
     message = cause(error) if isinstance(error, OmegaConfBaseException) else error

@@ -20,6 +20,7 @@ from fastgan.errors import UserError
 from fastgan.models import Precond
 from fastgan.training.monitor import Averages, Monitor
 from fastgan.training.state import StepResult
+from fastgan.training.stop import PREEMPTED, Preempted, StopRequest
 
 # After this many iterations in a row with a non-finite gradient the run has diverged.
 MAX_SKIPPED = 10
@@ -76,7 +77,7 @@ def run_loop(
     is called on all processes with the averaged network at every snapshot and returns its metrics.
     `full_speed`: see Monitor.
     state.json says how it went; raises Diverged after MAX_SKIPPED iterations in a row without an
-    update.
+    update, and Preempted once SIGTERM or SIGUSR1 came and everything is saved.
     """
     checkpoints = run_dir / "checkpoints"
     nimg, iteration = _resume(step, checkpoints)
@@ -90,7 +91,23 @@ def run_loop(
         full_speed=full_speed,
     )
     averages, skipped_in_a_row, begun = Averages(), 0, nimg
-    with _outcome(monitor):
+    stop = StopRequest()
+
+    def save(metrics: dict[str, float]) -> None:
+        if main:
+            state = Checkpoint(
+                network_config,
+                {n: t.detach().cpu() for n, t in step.average.state_dict().items()},
+                {n: t.detach().cpu() for n, t in step.state().items()},
+                nimg,
+                iteration,
+                metrics,
+                provenance,
+            )
+            save_checkpoint(checkpoints, state, keep=schedule.keep)
+        barrier()
+
+    with _outcome(monitor), stop.listening():
         if nimg:
             done = ", nothing left to do" if nimg >= schedule.total_images else ""
             monitor.log(f"{nimg} images are trained in {run_dir}{done}")
@@ -118,31 +135,27 @@ def run_loop(
                 monitor.tick(_mean_over_processes(averages.take(), world))
                 monitor.state("running", None)
 
-            # Snapshot: measure, then save.
+            # Snapshot: measure, then save. Asked to stop: only save.
             if schedule.due(schedule.snapshot, nimg):
                 with monitor.clock_stopped():
                     metrics = evaluate(step.average, nimg)
                     monitor.metrics(metrics)
-                    if main:
-                        state = Checkpoint(
-                            network_config,
-                            {n: t.detach().cpu() for n, t in step.average.state_dict().items()},
-                            {n: t.detach().cpu() for n, t in step.state().items()},
-                            nimg,
-                            iteration,
-                            metrics,
-                            provenance,
-                        )
-                        save_checkpoint(checkpoints, state, keep=schedule.keep)
-                    barrier()
+                    save(metrics)
+            if nimg < schedule.total_images and stop.agreed():
+                if not schedule.due(schedule.snapshot, nimg):
+                    save({})
+                raise Preempted(f"asked to stop, saved at {nimg} images, the same command resumes")
 
 
 @contextmanager
 def _outcome(monitor: Monitor) -> Iterator[None]:
-    """state.json: running within, then done, diverged or failed, and why."""
+    """state.json: running within, then done, preempted, diverged or failed, and why."""
     monitor.state("running", None)
     try:
         yield
+    except Preempted as error:
+        monitor.state("preempted", PREEMPTED, str(error))
+        raise
     except Diverged as error:
         monitor.state("diverged", DIVERGED, str(error))
         raise
