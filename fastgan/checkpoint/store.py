@@ -92,6 +92,19 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return folder / name
 
 
+def resumable(folder: Path) -> list[Path]:
+    """Where a run may go on, best first: what `latest` names, then what was saved before that.
+
+    All there is, newest first, where `latest` is damaged.
+    """
+    saved = _saved(folder)[::-1]
+    try:
+        latest = latest_checkpoint(folder)
+    except UserError:
+        return saved
+    return [path for path in saved if latest is not None and path.name <= latest.name]
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Reads what `save_checkpoint` wrote; UserError naming the file that is missing or damaged."""
     network = load_network_file(path / EMA)
@@ -115,7 +128,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def _drop_old(folder: Path, newest: Path, keep: int) -> None:
-    saved = sorted(p for p in folder.iterdir() if p.name.isdigit() and p.is_dir())
+    saved = _saved(folder)
     # By name `newest` is not the last one in a run taken up again from an older checkpoint.
     kept = {newest, *saved[-max(keep, 1) :]}
     scored = [(min(metrics.values()), path) for path in saved if (metrics := _metrics(path))]
@@ -124,6 +137,13 @@ def _drop_old(folder: Path, newest: Path, keep: int) -> None:
     for path in saved:
         if path not in kept:
             shutil.rmtree(path)
+
+
+def _saved(folder: Path) -> list[Path]:
+    """Every checkpoint, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.name.isdigit() and p.is_dir())
 
 
 def _metrics(path: Path) -> dict[str, float]:

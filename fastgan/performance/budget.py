@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from fastgan import config as cfg
 from fastgan.performance.counts import Layer, flop
 from fastgan.performance.iteration import Iteration, Parameters, Part, Work, count_iteration
-from fastgan.performance.iteration import iteration_flop as iteration_flop
 from fastgan.performance.live_step import measured_config
 from fastgan.performance.machines import (
     GPUS_PER_NODE,

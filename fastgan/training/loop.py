@@ -9,16 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastgan.checkpoint.store import (
-    Checkpoint,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from fastgan.checkpoint.store import Checkpoint, save_checkpoint
 from fastgan.distributed import World, all_reduce_sum, barrier
 from fastgan.errors import UserError
 from fastgan.models import Precond
 from fastgan.training.monitor import Averages, Monitor
+from fastgan.training.resume import resume
 from fastgan.training.state import StepResult
 from fastgan.training.stop import PREEMPTED, Preempted, StopRequest
 
@@ -80,7 +76,8 @@ def run_loop(
     update, and Preempted once SIGTERM or SIGUSR1 came and everything is saved.
     """
     checkpoints = run_dir / "checkpoints"
-    nimg, iteration = _resume(step, checkpoints)
+    resumed = resume(step, checkpoints)
+    nimg, iteration = resumed.nimg, resumed.iteration
     main = world.rank == 0
     monitor = Monitor(
         run_dir,
@@ -108,6 +105,8 @@ def run_loop(
         barrier()
 
     with _outcome(monitor), stop.listening():
+        for line in resumed.left_out:
+            monitor.log(line)
         if nimg:
             done = ", nothing left to do" if nimg >= schedule.total_images else ""
             monitor.log(f"{nimg} images are trained in {run_dir}{done}")
@@ -166,20 +165,6 @@ def _outcome(monitor: Monitor) -> Iterator[None]:
     finally:
         monitor.close()
     monitor.state("done", 0)
-
-
-def _resume(step: Step, checkpoints: Path) -> tuple[int, int]:
-    """Loads the latest checkpoint into the step; returns images and iterations done."""
-    latest = latest_checkpoint(checkpoints)
-    if latest is None:
-        return 0, 0
-    checkpoint = load_checkpoint(latest)
-    own, saved = step.average.state_dict(), checkpoint.average
-    if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in saved.items()}:
-        raise UserError(f"{latest} holds another network than this run's, another run_dir would do")
-    step.average.load_state_dict(saved)
-    step.load_state(checkpoint.training)
-    return checkpoint.nimg, checkpoint.iteration
 
 
 def _mean_over_processes(means: dict[str, float], world: World) -> dict[str, float]:

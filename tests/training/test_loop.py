@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fastgan.checkpoint.network_file import network_from_file
+from fastgan.checkpoint.store import latest_checkpoint
 from fastgan.errors import UserError
 from fastgan.models import Precond
-from fastgan.training import loop
 from fastgan.training.ema import averaged_copy
 from fastgan.training.loop import Diverged, Schedule, run_loop
 from fastgan.training.state import StepResult, trainable
@@ -238,7 +238,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bitwise(tmp_path: Path, le
         parameter.data.fill_(7.0)
     train(resumed, tmp_path / "parts", 80, draw=draw)
     assert_same(everything(resumed), everything(whole))
-    assert loop.latest_checkpoint(tmp_path / "parts" / "checkpoints").name == "0000000080"
+    assert latest_checkpoint(tmp_path / "parts" / "checkpoints").name == "0000000080"
     saved_average = network_from_file(
         tmp_path / "parts" / "checkpoints" / "0000000080" / "ema.safetensors"
     )

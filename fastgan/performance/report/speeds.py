@@ -1,7 +1,6 @@
 """From an experiment's rounds to its numbers: iteration, images per second, MFU, ratios."""
 
 from statistics import median
-from typing import Any
 
 from fastgan.performance.report.results import Content, samples
 from fastgan.performance.report.variants import BASELINES
@@ -36,13 +35,12 @@ def _speeds(facts: Content, rounds: list[Content], rate: float | None) -> Conten
     r1s = [each["r1"] for each in rounds]
     iteration, r1 = median(iterations), median(r1s)
     img_s = images_per_second(facts["batch"], iteration, r1, facts["interval"])
-    flop: Any = facts["flop_per_image"]
     return {
         "iteration_ms": samples([1e3 * taken for taken in iterations]),
         "r1_iteration_ms": samples([1e3 * taken for taken in r1s]),
         "r1_extra_ms": 1e3 * (r1 - iteration),
         "img_s": img_s,
-        "mfu": None if flop is None or rate is None else flop * img_s / rate,
+        "mfu": None if rate is None else facts["flop_per_image"] * img_s / rate,
     }
 
 

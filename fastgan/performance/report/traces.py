@@ -42,9 +42,10 @@ def cases(tiny: bool) -> list[Case]:
 def profile(experiment: str, engine: str, folder: Path, tiny: bool) -> Content:
     """What the tool found, and the files it left. UserError: why it ended."""
     (variant,) = (each for each in engines() if each.engine.value == engine)
-    batch = variant.config(experiment, None, tiny).batch
+    config = variant.config(experiment, None, tiny)
     words = [f"experiment={experiment}", f"engine={engine}", f"precision={variant.precision.value}"]
-    words += [f"batch={batch}", f"batch_gpu={batch}", "--out", str(folder)]
+    words += [f"kernels={config.kernels.value}", f"batch={config.batch}"]
+    words += [f"batch_gpu={config.batch}", "--out", str(folder)]
     words += ["--tiny", "--iterations", "1", "--warmup", "1"] if tiny else ["--r1"]
     done = subprocess.run([sys.executable, TOOL, *words], cwd=ROOT)
     if done.returncode:

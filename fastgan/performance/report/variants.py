@@ -10,6 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from fastgan import config as cfg
+from fastgan.performance.iteration import iteration_flop
 from fastgan.performance.live_step import LiveStep, live_step, measured_config
 from fastgan.performance.report.results import Content
 from fastgan.performance.report.timing import DEVICE, ON_GPU, launches, seconds
@@ -124,7 +125,7 @@ def build(config: cfg.TrainConfig) -> tuple[Running, Content]:
     facts: Content = {
         "batch": config.batch,
         "interval": interval,
-        "flop_per_image": _flop_per_image(config),
+        "flop_per_image": iteration_flop(config),
         "compiled_before": compiled_before,
         "build_seconds": built - start,
         "first_step_seconds": first - built,
@@ -135,15 +136,6 @@ def build(config: cfg.TrainConfig) -> tuple[Running, Content]:
     facts["launches"] = launches(lambda: running.run(3))
     running.settings = take_settings()
     return running, facts
-
-
-def _flop_per_image(config: cfg.TrainConfig) -> float | None:
-    """Of an iteration on the published schedule; None where it cannot be counted."""
-    try:
-        from fastgan.performance.budget import iteration_flop
-    except ImportError:
-        return None
-    return iteration_flop(config)
 
 
 def _compiled_before() -> bool:
