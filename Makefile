@@ -27,8 +27,8 @@ test: .venv/.ready ## the fast tests
 test-slow: .venv/.ready ## the tests that take minutes
 	@$(PYTHON) -m pytest -m slow
 
-test-torch211: .venv-torch211/.ready ## kernels, networks and training under torch 2.11 + triton 3.6 (downloads gigabytes)
-	@.venv-torch211/bin/python -m pytest -n 2 -m 'not slow' tests/kernels tests/models tests/training
+test-torch211: .venv-torch211/.ready ## kernels, networks, training, instruments under torch 2.11 + triton 3.6 (downloads gigabytes)
+	@.venv-torch211/bin/python -m pytest -n 2 -m 'not slow' tests/kernels tests/models tests/training tests/performance
 
 aot: .venv/.ready ## compile every kernel for sm_80 and sm_90 (no GPU needed): registers, spills, widths
 	@$(PYTHON) -m kernels.aot --check
@@ -72,6 +72,6 @@ clean: ## remove caches and builds (not .venv, not runs/)
 .venv-torch211/.ready: pyproject.toml
 	@$(firstword $(PYTHONS)) -m venv .venv-torch211
 	@# Triton 3.6's interpreter fails on loops with run-time bounds from numpy 2.4 on.
-	@.venv-torch211/bin/python -m pip install -qq --disable-pip-version-check -e '.[vision,test]' \
+	@.venv-torch211/bin/python -m pip install -qq --disable-pip-version-check -e '.[vision,test,plot]' \
 	    'torch==2.11.*' 'triton==3.6.*' 'numpy<2.4'
 	@touch $@
