@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastgan.checkpoint.network_file import load_network_file, save_network
 from fastgan.errors import UserError
-from fastgan.files import replace_atomically
+from fastgan.files import file_sha256, replace_atomically
 
 EMA = "ema.safetensors"
 TRAINING = "training.safetensors"
@@ -43,6 +43,7 @@ class Checkpoint:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Writes `folder/<nimg>`, points `latest` at it and drops all but the newest `keep`.
 
+    meta.json holds the other files' sha256, so that a changed bit is found when they are read.
     The checkpoint with the lowest metric is kept besides.
     """
     target = folder / f"{checkpoint.nimg:010d}"
@@ -63,6 +64,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
             "nimg": checkpoint.nimg,
             "iteration": checkpoint.iteration,
             "metrics": checkpoint.metrics,
+            "sha256": {name: file_sha256(aside / name) for name in (EMA, TRAINING)},
         }
         (aside / META).write_text(json.dumps(facts, indent=2) + "\n")
         for file in aside.iterdir():
@@ -72,6 +74,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         _sync(folder)
         with replace_atomically(folder / LATEST) as pointer:
             pointer.write(f"{target.name}\n".encode())
+            pointer.flush()
+            os.fsync(pointer.fileno())
+        _sync(folder)
     except (OSError, SafetensorError, UserError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
@@ -95,22 +100,25 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def resumable(folder: Path) -> list[Path]:
     """Where a run may go on, best first: what `latest` names, then what was saved before that.
 
-    All there is, newest first, where `latest` is damaged.
+    All there is, newest first, where `latest` is damaged or absent.
     """
     saved = _saved(folder)[::-1]
     try:
         latest = latest_checkpoint(folder)
     except UserError:
         return saved
-    return [path for path in saved if latest is not None and path.name <= latest.name]
+    return [path for path in saved if latest is None or path.name <= latest.name]
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Reads what `save_checkpoint` wrote; UserError naming the file that is missing or damaged."""
-    network = load_network_file(path / EMA)
     try:
         facts = json.loads((path / META).read_text())
+        for name in (EMA, TRAINING):
+            if file_sha256(path / name) != facts["sha256"][name]:
+                raise ValueError(f"{name} is not what was written")
         training = load_file(path / TRAINING)
+        network = load_network_file(path / EMA)
         return Checkpoint(
             network_config=dict(network.config),
             average=dict(network.state),

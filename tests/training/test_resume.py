@@ -36,6 +36,13 @@ def truncate(checkpoints: Path) -> None:
     file.write_bytes(file.read_bytes()[:-40])
 
 
+def flip_a_bit(checkpoints: Path) -> None:
+    file = checkpoints / NEWEST / "training.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 4
+    file.write_bytes(content)
+
+
 def lose_a_file(checkpoints: Path) -> None:
     (checkpoints / NEWEST / "ema.safetensors").unlink()
 
@@ -56,7 +63,9 @@ def lose_the_folder(checkpoints: Path) -> None:
     shutil.rmtree(checkpoints / NEWEST)
 
 
-@pytest.mark.parametrize("damage", [truncate, lose_a_file, forget_the_facts, somebody_elses])
+@pytest.mark.parametrize(
+    "damage", [truncate, flip_a_bit, lose_a_file, forget_the_facts, somebody_elses]
+)
 def test_goes_on_from_the_one_before_and_says_so(damage, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     train(gan_step(), run_dir, 32)
@@ -76,6 +85,12 @@ def test_a_damaged_pointer_means_the_newest(text: str, tmp_path: Path) -> None:
     (tmp_path / "checkpoints/latest").write_text(text)
     log = train(gan_step(), tmp_path, 32)
     assert log[-1] == f"32 images are trained in {tmp_path}, nothing left to do"
+
+
+def test_a_lost_pointer_means_the_newest(tmp_path: Path) -> None:
+    train(gan_step(), tmp_path, 32)
+    (tmp_path / "checkpoints/latest").unlink()
+    assert "32 images are trained" in train(gan_step(), tmp_path, 32)[-1]
 
 
 def test_a_lost_folder_means_the_one_before(tmp_path: Path) -> None:
