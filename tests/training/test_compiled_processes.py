@@ -1,21 +1,20 @@
 """Two processes that compile: the first one does it, the second one reads its graphs."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch._functorch.config
+from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
 from fastgan import distributed
 from fastgan.training.compiled import CompiledStep
 from fastgan.training.ema import averaged_copy
 from fastgan.training.step import PlainStep
+from tests.processes import two_processes
 from tests.training.toys import (
     ALONE,
     assert_same,
@@ -26,7 +25,6 @@ from tests.training.toys import (
     settings,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 _WORKER = "from tests.training.test_compiled_processes import worker; worker()"
 
 
@@ -44,28 +42,13 @@ def train(kind: type[PlainStep], world: distributed.World) -> dict[str, torch.Te
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_second_process_finds_the_graphs_of_the_first(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    shared |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", _WORKER, str(tmp_path)],
-            cwd=ROOT,
-            env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    errors = [worker.communicate(timeout=800)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], errors
+    cache = str(tmp_path / "cache")
+    two_processes(_WORKER, str(tmp_path), timeout=800, TORCHINDUCTOR_CACHE_DIR=cache)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first["misses"] > 0
     assert second["misses"] == 0 and second["hits"] > 0
-    trained = torch.load(tmp_path / "0.pt", weights_only=True)
-    assert_same(trained, torch.load(tmp_path / "1.pt", weights_only=True))
+    trained = load_file(tmp_path / "0.safetensors")
+    assert_same(trained, load_file(tmp_path / "1.safetensors"))
     assert_same(trained, train(PlainStep, ALONE), atol=1e-10)
 
 
@@ -78,5 +61,5 @@ def worker() -> None:
     told = counters["inductor"]
     numbers = {"hits": told["fxgraph_cache_hit"], "misses": told["fxgraph_cache_miss"]}
     (folder / f"{world.rank}.json").write_text(json.dumps(numbers))
-    torch.save(found, folder / f"{world.rank}.pt")  # noqa: TID251
+    save_file(found, folder / f"{world.rank}.safetensors")
     distributed.shutdown()

@@ -1,8 +1,5 @@
 """Two processes train what one process trains with the same total batch."""
 
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastgan import distributed
+from tests.processes import two_processes
 from tests.training.toys import assert_same, edm_step, everything, gan_step, one_hot, reals
 
 _WORKER = "from tests.training.test_step_processes import worker; worker()"
-ROOT = Path(__file__).resolve().parents[2]
 ITERATIONS = 17  # with one R1 step
 
 
@@ -32,23 +29,8 @@ def train(world: distributed.World) -> dict[str, torch.Tensor]:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", _WORKER, str(tmp_path)],
-            cwd=ROOT,
-            env={**os.environ, **shared, "RANK": r, "LOCAL_RANK": r, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in "01"
-    ]
+    two_processes(_WORKER, str(tmp_path))
     one = train(distributed.World(0, 0, 1, torch.device("cpu")))
-    errors = [worker.communicate(timeout=120)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], errors
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
     assert_same(first, second)
     assert_same(first, one, atol=1e-10)

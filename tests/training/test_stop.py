@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,9 +17,9 @@ from fastgan.training.state import StepResult
 from fastgan.training.step import PlainStep
 from fastgan.training.stop import PREEMPTED, SIGNALS, Preempted
 from tests.conftest import TINY
+from tests.processes import ROOT, two_processes
 from tests.training.toys import ALONE, assert_same, everything, gan_step, reals
 
-ROOT = Path(__file__).resolve().parents[2]
 TOTAL = 32
 _WORKER = "from tests.training.test_stop import worker; worker()"
 
@@ -83,22 +82,7 @@ def test_asked_in_the_last_iteration_it_is_done(tmp_path: Path) -> None:
 
 
 def test_one_process_is_asked_and_both_save(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", _WORKER, str(tmp_path)],
-            cwd=ROOT,
-            env={**os.environ, **shared, "RANK": r, "LOCAL_RANK": r, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in "01"
-    ]
-    errors = [worker.communicate(timeout=120)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [PREEMPTED] * 2, errors
+    two_processes(_WORKER, str(tmp_path), expected=PREEMPTED)
     assert state(tmp_path)["status"] == "preempted" and state(tmp_path)["nimg"] == 12
 
 
