@@ -1,4 +1,7 @@
-"""group_norm_silu: 4 bytes per element forward, 6 backward (bfloat16)."""
+"""group_norm_silu: 4 bytes per element forward, 6 backward (bfloat16).
+
+`one_launch` is ours without chunks, where this GPU takes the batch in chunks.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -8,10 +11,11 @@ from torch import Tensor
 
 from benchmarks import plain
 from benchmarks.cases import Case, Norm
-from benchmarks.measure import DTYPE, ON_GPU, seconds
+from benchmarks.measure import DEVICE, DTYPE, ON_GPU, seconds
 from benchmarks.op import Inputs, Op
-from kernels import group_norm_silu
+from kernels import group_norm_silu, norm_silu_triton
 from kernels.norm_silu import group_norm_silu_ref
+from kernels.norm_silu_tiles import Chip, chunks, plan
 from kernels.optional import apex_group_norm, apex_group_norm_class
 
 pytestmark = pytest.mark.benchmark(timer=seconds, disable_gc=True)
@@ -65,13 +69,34 @@ def _norm(case: Case) -> Norm:
     return case.shape
 
 
-CANDIDATES = {"eager": eager, "ours": ours}
+def chunked(case: Case, direction: str) -> bool:
+    """Whether the batch takes several launches on this device."""
+    norm, backward = _norm(case), direction == "backward"
+    p = plan(case.pixels, norm.channels, norm.groups, DTYPE.itemsize, backward=backward)
+    chip = norm_silu_triton.chip(torch.empty(0, device=DEVICE).device)
+    return len(chunks(case.batch, norm.channels // p.slab, p, chip)) > 1
+
+
+# Holds everything that runs at a time.
+BOUNDLESS = Chip(processors=1, l2_bytes=2**62)
+CANDIDATES = {"eager": eager, "ours": ours, "one_launch": ours}
 if ON_GPU and apex_group_norm_class() is not None:
     CANDIDATES["apex"] = apex
 OP = Op("group_norm_silu", inputs, CANDIDATES, exact, parts)
 
 
-@pytest.mark.parametrize(("candidate", "direction"), OP.runs)
-@pytest.mark.parametrize("case", OP.cases, ids=str)
-def test_group_norm_silu(bench: Callable, case: Case, candidate: str, direction: str) -> None:
+RUNS = [
+    pytest.param(case, candidate, direction, id=f"{case}-{candidate}-{direction}")
+    for case in OP.cases
+    for candidate, direction in OP.runs
+    if candidate != "one_launch" or chunked(case, direction)
+]
+
+
+@pytest.mark.parametrize(("case", "candidate", "direction"), RUNS)
+def test_group_norm_silu(
+    bench: Callable, monkeypatch: pytest.MonkeyPatch, case: Case, candidate: str, direction: str
+) -> None:
+    if candidate == "one_launch":
+        monkeypatch.setattr(norm_silu_triton, "chip", lambda device: BOUNDLESS)
     bench(OP, case, candidate, direction)

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
-from kernels.runtime import next_power_of_2, tl, triton
+from kernels.runtime import cdiv, next_power_of_2, tl, triton
 
 # Elements of 16 bits that 512 threads hold, between reading and writing them, without spills.
 TWO_TILES = 24576
+# CUDA's limit of a grid's second axis.
+GRID_SAMPLES = 65_535
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,19 @@ class Plan:
     num_warps: int
     tail: int = 0
     """Channels that a second tile holds, where the slab's are no power of two; else 0."""
+    swept_bytes: int = 0
+    """Of x, and backward of dy, that a program reads twice; 0 where it is resident."""
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Multiprocessors, and bytes of the second-level cache that they share."""
+
+    processors: int
+    l2_bytes: int
+
+
+A100 = Chip(108, 40 * 2**20)
 
 
 def plan(pixels: int, channels: int, groups: int, itemsize: int, *, backward: bool) -> Plan:
@@ -47,7 +62,23 @@ def plan(pixels: int, channels: int, groups: int, itemsize: int, *, backward: bo
         return Plan(slab, block, True, 16, tail)
     # A program alone on its multiprocessor: what it reads twice should not leave the cache.
     warps = 16 if backward else 32
-    return Plan(slab, max(1, 256 * warps // next_power_of_2(slab)), False, warps)
+    swept = slab * pixels * itemsize * (2 if backward else 1)
+    block = max(1, 256 * warps // next_power_of_2(slab))
+    return Plan(slab, block, False, warps, swept_bytes=swept)
+
+
+def chunks(samples: int, slabs: int, p: Plan, chip: Chip) -> list[slice]:
+    """The samples of each launch, `slabs` programs per sample: all in one launch where they may be.
+
+    Where the programs that run at a time, one per multiprocessor, sweep over more than the
+    second-level cache holds, a launch has only as many as it does hold, of one sample at least.
+    Chunks are about equal, so that the last one keeps as many multiprocessors busy as the others.
+    """
+    most = GRID_SAMPLES
+    if chip.processors * p.swept_bytes > chip.l2_bytes:
+        most = max(1, chip.l2_bytes // p.swept_bytes // slabs)
+    count = cdiv(samples, most)
+    return [slice(samples * i // count, samples * (i + 1) // count) for i in range(count)]
 
 
 @triton.jit
@@ -168,10 +199,10 @@ def store_y(y_ptr, offs, mask, u, mean, a, b, ACT: tl.constexpr):
 
 @triton.jit
 def store_statistics(
-    statistics_ptr, n, groups, offs_s, offs_c, mask_c, mean, rstd, GROUP: tl.constexpr
+    mean_ptr, rstd_ptr, n, groups, offs_s, offs_c, mask_c, mean, rstd, GROUP: tl.constexpr
 ):  # fmt: skip
-    """The first channel of each group writes the group's mean and, behind all means, its rstd."""
+    """The first channel of each group writes the group's mean and rstd."""
     first = mask_c & (offs_s % GROUP == 0)
     offs_g = n * groups + offs_c // GROUP
-    tl.store(statistics_ptr + offs_g, mean, mask=first)
-    tl.store(statistics_ptr + tl.num_programs(1) * groups + offs_g, rstd, mask=first)
+    tl.store(mean_ptr + offs_g, mean, mask=first)
+    tl.store(rstd_ptr + offs_g, rstd, mask=first)

@@ -4,11 +4,13 @@ A program owns one sample and a slab of whole groups, so that programs share not
 the same bits every time. Where the slab fits into registers it is read once. A larger one is swept
 twice, backwards the second time, so that what was read last is found first. Only the slabs of the
 programs that run at the same time have to stay in the cache for device memory to see a single
-read. Bytes per element over device memory (bf16): forward 4 (read x, write y), backward 6 (read x
-and dy, write dx). Bound by memory.
+read; where the cache holds fewer, the batch is launched in chunks. Bytes per element over device
+memory (bf16): forward 4 (read x, write y), backward 6 (read x and dy, write dx). Bound by memory.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,8 +18,11 @@ from torch import Tensor
 
 from kernels.layout import channels_last_like, rows
 from kernels.norm_silu_tiles import (
+    A100,
+    Chip,
     Plan,
     affine,
+    chunks,
     group_totals,
     group_totals_of_two,
     last_tile,
@@ -34,7 +39,7 @@ from kernels.runtime import launch, next_power_of_2, tl, triton
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, y_ptr, statistics_ptr, weight_ptr, bias_ptr, pre_shift_ptr, scale_ptr, shift_ptr,
+    x_ptr, y_ptr, mean_ptr, rstd_ptr, pre_shift_ptr, scale_ptr, shift_ptr, weight_ptr, bias_ptr,
     pixels, channels, groups, pre_shift_row, scale_row, shift_row, eps,
     GROUP: tl.constexpr, SLAB: tl.constexpr, SLAB_PAD: tl.constexpr, BLOCK: tl.constexpr,
     STOP: tl.constexpr, ACT: tl.constexpr,
@@ -43,11 +48,6 @@ def _forward_kernel(
     x_ptr += base
     y_ptr += base
     before = per_channel(pre_shift_ptr, n * pre_shift_row + offs_c, mask_c, 0.0, SLAB_PAD)
-    a, b, _, _, _ = affine(
-        n, weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_row, shift_row, offs_c, mask_c,
-        SLAB_PAD,
-    )  # fmt: skip
-
     u, channel_mean, squares = moments(
         x_ptr, before, offs_s, mask_c, pixels, channels, BLOCK, SLAB_PAD, STOP
     )
@@ -55,6 +55,11 @@ def _forward_kernel(
     away = channel_mean - mean
     squares = group_totals(squares + away * away * pixels, GROUP, SLAB, SLAB_PAD)
     rstd = 1.0 / tl.sqrt(squares / (GROUP * pixels) + eps)
+    # Only now: until here the registers hold the slab.
+    a, b, _, _, _ = affine(
+        n, weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_row, shift_row, offs_c, mask_c,
+        SLAB_PAD,
+    )  # fmt: skip
 
     if STOP is not None:
         offs, mask = place(0, offs_s, mask_c, pixels, channels, BLOCK)
@@ -65,12 +70,12 @@ def _forward_kernel(
             offs, mask = place(start, offs_s, mask_c, pixels, channels, BLOCK)
             u = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + before[None, :]
             store_y(y_ptr, offs, mask, u, mean, a * rstd, b, ACT)
-    store_statistics(statistics_ptr, n, groups, offs_s, offs_c, mask_c, mean, rstd, GROUP)
+    store_statistics(mean_ptr, rstd_ptr, n, groups, offs_s, offs_c, mask_c, mean, rstd, GROUP)
 
 
 @triton.jit
 def _two_tile_forward_kernel(
-    x_ptr, y_ptr, statistics_ptr, weight_ptr, bias_ptr, pre_shift_ptr, scale_ptr, shift_ptr,
+    x_ptr, y_ptr, mean_ptr, rstd_ptr, pre_shift_ptr, scale_ptr, shift_ptr, weight_ptr, bias_ptr,
     pixels, channels, groups, pre_shift_row, scale_row, shift_row, eps,
     GROUP: tl.constexpr, SLAB: tl.constexpr, HEAD: tl.constexpr, TAIL_PAD: tl.constexpr,
     BLOCK: tl.constexpr, ACT: tl.constexpr,
@@ -111,8 +116,12 @@ def _two_tile_forward_kernel(
     )  # fmt: skip
     offs, mask = place(0, offs_t, mask_t, pixels, channels, BLOCK)
     store_y(y_ptr, offs, mask, u_t, mean_t, a * rstd_t, b, ACT)
-    store_statistics(statistics_ptr, n, groups, offs_h, chan_h, mask_h, mean_h, rstd_h, GROUP)
-    store_statistics(statistics_ptr, n, groups, offs_t, chan_t, mask_t, mean_t, rstd_t, GROUP)
+    store_statistics(
+        mean_ptr, rstd_ptr, n, groups, offs_h, chan_h, mask_h, mean_h, rstd_h, GROUP
+    )  # fmt: skip
+    store_statistics(
+        mean_ptr, rstd_ptr, n, groups, offs_t, chan_t, mask_t, mean_t, rstd_t, GROUP
+    )  # fmt: skip
 
 
 @triton.jit
@@ -144,8 +153,8 @@ def _store_dx(
 
 @triton.jit
 def _backward_kernel(
-    x_ptr, dy_ptr, statistics_ptr, weight_ptr, bias_ptr, pre_shift_ptr, scale_ptr, shift_ptr,
-    residual_ptr, dx_ptr, dpre_shift_ptr, dscale_ptr, dshift_ptr, partial_ptr,
+    x_ptr, dy_ptr, mean_ptr, rstd_ptr, pre_shift_ptr, scale_ptr, shift_ptr, residual_ptr,
+    dx_ptr, dpre_shift_ptr, dscale_ptr, dshift_ptr, dweight_ptr, dbias_ptr, weight_ptr, bias_ptr,
     pixels, channels, groups, pre_shift_row, scale_row, shift_row, grad_scale, residual_scale,
     GROUP: tl.constexpr, SLAB: tl.constexpr, SLAB_PAD: tl.constexpr, BLOCK: tl.constexpr,
     STOP: tl.constexpr, ACT: tl.constexpr,
@@ -159,9 +168,8 @@ def _backward_kernel(
         SLAB_PAD,
     )  # fmt: skip
     offs_g = n * groups + offs_c // GROUP
-    mean = tl.load(statistics_ptr + offs_g, mask=mask_c, other=0.0)
-    offs_g += tl.num_programs(1) * groups
-    rstd = tl.load(statistics_ptr + offs_g, mask=mask_c, other=0.0)
+    mean = tl.load(mean_ptr + offs_g, mask=mask_c, other=0.0)
+    rstd = tl.load(rstd_ptr + offs_g, mask=mask_c, other=0.0)
 
     # All gradients but dx are functions of these sums over the pixels.
     if STOP is not None:
@@ -195,11 +203,10 @@ def _backward_kernel(
         tl.store(dscale_ptr + offs_nc, gamma * sum_dz_xhat + beta * sum_dz, mask=mask_c)
     if dshift_ptr is not None:
         tl.store(dshift_ptr + offs_nc, sum_dz, mask=mask_c)
-    if partial_ptr is not None:
-        # One sample's share of dgamma and dbeta: [2, N, C], summed over N by the launcher.
-        tl.store(partial_ptr + offs_nc, gain * sum_dz_xhat, mask=mask_c)
-        offs_nc += tl.num_programs(1) * channels
-        tl.store(partial_ptr + offs_nc, gain * sum_dz, mask=mask_c)
+    if dweight_ptr is not None:
+        # One sample's share of dbeta and dgamma: [N, C], summed over N by the launcher.
+        tl.store(dbias_ptr + offs_nc, gain * sum_dz, mask=mask_c)
+        tl.store(dweight_ptr + offs_nc, gain * sum_dz_xhat, mask=mask_c)
 
     if dx_ptr is not None:
         dx_ptr += base
@@ -235,6 +242,39 @@ def _constants(p: Plan, group: int, act: bool) -> dict[str, Any]:
     }
 
 
+@cache
+def chip(device: torch.device) -> Chip:
+    """The device's figures; an A100's, which are the smaller ones, where it is no CUDA device."""
+    if device.type != "cuda":
+        return A100
+    properties = torch.cuda.get_device_properties(device)
+    return Chip(properties.multi_processor_count, properties.L2_cache_size)
+
+
+def _start(
+    kernel: Any,
+    p: Plan,
+    num_groups: int,
+    act: bool,
+    per_sample: Sequence[Tensor | None],
+    *shared: Any,
+) -> None:
+    """One launch after the other, each on a chunk of the batch; mostly a single one.
+
+    per_sample: the kernel's first arguments, x and all else whose first axis is the batch's.
+    """
+    x = per_sample[0]
+    assert x is not None
+    slabs = x.shape[1] // p.slab
+    constants = _constants(p, x.shape[1] // num_groups, act)
+    found = chunks(len(x), slabs, p, chip(x.device))
+    for chunk in found:
+        part = per_sample
+        if len(found) > 1:
+            part = [None if tensor is None else tensor[chunk] for tensor in per_sample]
+        launch(kernel, (slabs, chunk.stop - chunk.start), *part, *shared, **constants)
+
+
 def group_norm_silu_forward(
     x: Tensor,
     num_groups: int,
@@ -252,13 +292,12 @@ def group_norm_silu_forward(
     y = torch.empty_like(x)
     statistics = torch.empty(2, n, num_groups, dtype=torch.float32, device=x.device)
     pre_shift, scale, shift = rows(pre_shift), rows(scale), rows(shift)
-    launch(
+    _start(
         _two_tile_forward_kernel if p.tail else _forward_kernel,
-        (channels // p.slab, n),
-        *(x, y, statistics, weight, bias, pre_shift, scale, shift),
-        *(height * width, channels, num_groups),
+        *(p, num_groups, act),
+        (x, y, *statistics, pre_shift, scale, shift),
+        *(weight, bias, height * width, channels, num_groups),
         *(_row(pre_shift), _row(scale), _row(shift), eps),
-        **_constants(p, channels // num_groups, act),
     )
     return y, statistics
 
@@ -308,15 +347,15 @@ def group_norm_silu_backward(
     partial = None
     if "affine" in wanted:
         partial = torch.empty(2, n, channels, dtype=torch.float32, device=x.device)
+    dweight, dbias = (None, None) if partial is None else partial
     pre_shift, scale, shift = rows(pre_shift), rows(scale), rows(shift)
-    launch(
+    inputs = (x, dy, *statistics, pre_shift, scale, shift, residual)
+    _start(
         _backward_kernel,
-        (channels // p.slab, n),
-        *(x, dy, statistics, weight, bias, pre_shift, scale, shift, residual),
-        *(found.x, found.pre_shift, found.scale, found.shift, partial),
-        *(height * width, channels, num_groups),
+        *(p, num_groups, act),
+        (*inputs, found.x, found.pre_shift, found.scale, found.shift, dweight, dbias),
+        *(weight, bias, height * width, channels, num_groups),
         *(_row(pre_shift), _row(scale), _row(shift), grad_scale, residual_scale),
-        **_constants(p, channels // num_groups, act),
     )
     if partial is not None:
         found.affine = partial.sum(dim=1)

@@ -4,14 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from kernels import aot
 from kernels.aot import Row, builds, problems
-from kernels.shapes import NETWORKS
+from kernels.shapes import NETWORKS, Norm
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = Row(
@@ -56,6 +58,14 @@ def test_every_kernel_of_every_network_is_built() -> None:
     groups = {dict(b.constants)["GROUP"] for b in found if b.label == "norm_silu.backward"}
     expected = {norm.channels // norm.groups for net in NETWORKS for norm in net.norms()}
     assert groups == expected and {6, 18, 36, 42} <= groups
+
+
+def test_chunks_of_a_batch_are_one_program() -> None:
+    """576 channels of 64 x 64: four launches forward, eight backward."""
+    norm = Norm(576, 64, True, "scale shift")
+    found = list(aot._of_norm(aot._image(32, 576, 64, torch.bfloat16), norm))
+    keys = [aot._specialised(launch, shape, "bf16").key for shape, launch in found]
+    assert sorted(Counter(keys).values()) == [4, 8]
 
 
 def test_arguments_are_specialised_as_triton_does() -> None:

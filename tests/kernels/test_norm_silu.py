@@ -9,8 +9,6 @@ from torch import Tensor
 
 from kernels import dispatch, norm_silu
 from kernels.norm_silu import group_norm_silu, group_norm_silu_ref
-from kernels.norm_silu_tiles import plan
-from kernels.shapes import NETWORKS
 
 # N, C, H, W, groups: the published networks' kinds of groups, scaled down, then the nasty ones.
 SHAPES = {
@@ -222,53 +220,6 @@ def test_compiled_equals_eager_in_one_graph(backend: str) -> None:
     compiled = torch.compile(group_norm_silu, fullgraph=True, backend=backend)
     eager, found = run(group_norm_silu, inputs, 4), run(compiled, inputs, 4)
     assert all(torch.equal(eager[name], found[name]) for name in eager)
-
-
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("backward", [True, False])
-def test_plan_reads_aligned_rows(itemsize: int, backward: bool) -> None:
-    for channels in (128, 192, 256, 384, 512, 576, 768, 960, 1152, 1344, 1536):
-        for size in (8, 16, 32, 64):
-            p = plan(size * size, channels, 32, itemsize, backward=backward)
-            assert channels % p.slab == 0 and p.slab % (channels // 32) == 0
-            assert p.slab * itemsize % 16 == 0
-            if itemsize == 2 and channels in (128, 256, 512) and size <= 32:
-                assert p.resident
-
-
-# Multiprocessors and their first-level cache, the second-level cache: A100, the smaller of the two.
-PROCESSORS, L1_BYTES, L2_BYTES = 108, 192 * 1024, 40 * 2**20
-SWEPT_FROM_L2 = {(576, 32), (960, 32)}
-SWEPT_FROM_MEMORY = {(960, 32), (192, 64), (384, 64), (576, 64)}
-
-
-@pytest.mark.parametrize("backward", [True, False])
-def test_what_is_read_twice_fits_into_a_cache(backward: bool) -> None:
-    """One program runs on a multiprocessor (tests/kernels/test_aot.py), with what it sweeps over.
-
-    Up to 1,024 pixels that fits into the first-level cache beside it; above, all programs' slabs
-    fit into the second-level cache. The exceptions of backward, by name, are ADM's.
-    """
-    norms = {norm for network in NETWORKS for norm in network.norms()}
-    exceptions = set()
-    for norm in norms:
-        pixels = norm.size**2
-        p = plan(pixels, norm.channels, norm.groups, 2, backward=backward)
-        slab = p.slab * pixels * 2 * (2 if backward else 1)
-        limit = L1_BYTES if pixels <= 1024 else L2_BYTES // PROCESSORS
-        if not p.resident and slab > limit:
-            exceptions.add((norm.channels, norm.size))
-    assert exceptions == (SWEPT_FROM_L2 | SWEPT_FROM_MEMORY if backward else {(960, 32), (576, 64)})
-
-
-def test_forward_reads_once_up_to_1024_pixels() -> None:
-    norms = {norm for network in NETWORKS for norm in network.norms() if norm.size <= 32}
-    swept = {
-        (n.channels, n.size)
-        for n in norms
-        if not plan(n.size**2, n.channels, n.groups, 2, backward=False).resident
-    }
-    assert swept == {(576, 32), (960, 32), (960, 16), (1344, 16)}
 
 
 @pytest.mark.parametrize(
