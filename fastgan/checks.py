@@ -5,6 +5,7 @@ the key.
 """
 
 import re
+from dataclasses import fields, is_dataclass
 from fractions import Fraction
 from operator import attrgetter
 from pathlib import Path
@@ -14,7 +15,22 @@ from fastgan.config import DiscriminatorKind, RunConfig, SamplerConfig, TrainCon
 from fastgan.errors import UserError
 
 SAMPLERS = ("few_step", "heun")
+_MOST_IMAGES = 10**18
+# Integers beyond that are no longer exact in JSON; some keys also cost memory or time.
+_LARGEST = 1 << 53
+_LARGEST_OF = {
+    "seed": 2**63 - 1,
+    "batch": 1 << 20,
+    "eval.images": 10_000_000,
+    "eval.batch": 1 << 20,
+    "eval.sampler.steps": 10_000,
+    "generator.steps": 1000,
+    "discriminator.width": 4096,
+}
 _POSITIVE = (
+    "optim.lr_g",
+    "optim.lr_d",
+    "timeout",
     "generator.steps",
     "generator.mid_sigma",
     "loss.published_batch_gpu",
@@ -25,11 +41,13 @@ _POSITIVE = (
 
 def images(value: Any, key: str, *, least: int = 0) -> int:
     """A number of images: 200k, 1.5M, 5000000 -> int; UserError naming the key otherwise."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kM]?)", str(value))
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([kM]?)", str(value))
     if not match:
         raise UserError(f"{key}={value!r} is no number of images, 5000000, 200k or 5M would be")
     # Not float: 1.001 * 1e6 is not whole in binary.
     count = Fraction(match[1]) * {"": 1, "k": 1_000, "M": 1_000_000}[match[2]]
+    if count > _MOST_IMAGES:
+        raise UserError(f"{key}={value!r}, at most {_MOST_IMAGES} images would be right")
     if count.denominator != 1 or count < least:
         raise UserError(f"{key}={value!r}, a whole number of at least {least} images would be")
     return int(count)
@@ -93,6 +111,17 @@ def require_positive(config: Any, *keys: str) -> None:
             raise UserError(f"{key}={value} is out of range, a number above 0 would be right")
 
 
+def require_finite(config: Any, prefix: str = "") -> None:
+    """UserError naming the first number below `prefix` that is not finite or absurdly large."""
+    for field in fields(config):
+        key, value = prefix + field.name, getattr(config, field.name)
+        if is_dataclass(value):
+            require_finite(value, f"{key}.")
+        largest = _LARGEST_OF.get(key, _LARGEST)
+        if isinstance(value, int | float) and not abs(value) <= largest:
+            raise UserError(f"{key}={value} is out of range, at most {largest} would be right")
+
+
 def check_sampler(config: Any, key: str) -> None:
     """UserError where `key` of the configuration (sampler, eval.sampler) is no sampler."""
     sampler: SamplerConfig = attrgetter(key)(config)
@@ -107,6 +136,7 @@ def check_run(config: RunConfig) -> None:
     """UserError for what no type refuses in any training, before anything is built."""
     if not 0 <= config.seed < 2**63:
         raise UserError(f"seed={config.seed} is out of range, 0 to 2^63 - 1 would be right")
+    require_finite(config)
     require_positive(config, "keep", "eval.images", "eval.batch")
     check_sampler(config, "eval.sampler")
 

@@ -193,6 +193,8 @@ class RunConfig:
     """Images between two checkpoints."""
     keep: int = 3
     """Checkpoints kept (the latest ones, and the best)."""
+    timeout: float = 600
+    """Seconds that a process waits for the others before it gives them up."""
     dry_run: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

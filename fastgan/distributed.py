@@ -7,6 +7,7 @@ every function below does nothing.
 
 import importlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,14 @@ from fastgan.errors import UserError
 
 _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 _MASTER = ("MASTER_ADDR", "MASTER_PORT")
+
+
+# How long an exchange may take, as `init` was told: PyTorch's further groups do not inherit it.
+_patience = timedelta(minutes=10)
+
+
+class LostProcess(UserError):
+    """Another process of the job died, or did not come to an exchange in time."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,9 @@ def init(device: str, timeout_seconds: float = 600) -> World:
     rank, local_rank, size = _read_ranks()
     world = World(rank, local_rank, size, _select_device(device, local_rank))
     if size > 1:
-        _join(world, timedelta(seconds=timeout_seconds))
+        global _patience
+        _patience = timedelta(seconds=timeout_seconds)
+        _join(world, _patience)
     return world
 
 
@@ -66,11 +77,12 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sums `tensor` over the processes, in place, and returns it (any device, any backend)."""
     if not dist.is_initialized():
         return tensor
-    if dist.get_backend() == "nccl" and tensor.device.type == "cpu":
-        on_gpu = tensor.cuda()
-        dist.all_reduce(on_gpu)
-        return tensor.copy_(on_gpu)
-    dist.all_reduce(tensor)
+    with exchanging():
+        if dist.get_backend() == "nccl" and tensor.device.type == "cpu":
+            on_gpu = tensor.cuda()
+            dist.all_reduce(on_gpu)
+            return tensor.copy_(on_gpu)
+        dist.all_reduce(tensor)
     return tensor
 
 
@@ -79,14 +91,36 @@ def broadcast_object(value: Any) -> Any:
     if not dist.is_initialized():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    with exchanging():
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def barrier() -> None:
     """Waits until every process is here."""
     if dist.is_initialized():
-        dist.barrier()
+        with exchanging():
+            dist.barrier()
+
+
+@contextmanager
+def exchanging() -> Iterator[None]:
+    """Turns what an exchange fails with, where another process died or hangs, into LostProcess."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostProcess(
+            f"process {rank()} of {world_size()} lost another one ({_reason(error)}), in an "
+            "exchange between processes, the first error of all of them tells why and the same "
+            "command resumes"
+        ) from error
+
+
+def cpu_group() -> dist.ProcessGroup | None:
+    """A group over gloo, which does not make a GPU finish its work; None for one process."""
+    if not dist.is_initialized():
+        return None
+    return dist.new_group(backend="gloo", timeout=_patience)
 
 
 @contextmanager
@@ -100,12 +134,14 @@ def main_first(most: timedelta = timedelta(hours=2)) -> Iterator[None]:
         return
     group = dist.new_group(backend="gloo", timeout=most)
     if not is_main():
-        dist.barrier(group)
+        with exchanging():
+            dist.barrier(group)
     try:
         yield
     finally:
         if is_main():
-            dist.barrier(group)
+            with exchanging():
+                dist.barrier(group)
 
 
 def shutdown() -> None:
@@ -186,8 +222,13 @@ def _join(world: World, timeout: timedelta) -> None:
         )
     except (dist.DistError, RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"process {world.rank} of {world.size} could not join the others ({reason}), "
+            f"process {world.rank} of {world.size} could not join the others ({_reason(error)}), "
             f"at {address}, check that all processes run and reach that address"
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first sentence of what a backend says, without the place in its source."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return re.sub(r"^\[[^]]*\] ", "", lines[0]).split(". ")[0]

@@ -9,12 +9,37 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+_MOST = 1200  # characters of a message
+
 
 class UserError(ValueError):
     """A mistake in what the user gave us (file, option, data), explained in one line."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(one_line(message))
+
+
+def one_line(message: str) -> str:
+    """The message without line breaks, with control characters escaped; the middle of a long one
+    is left out."""
+    text = " ".join(message.split())
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if len(text) <= _MOST else f"{text[: _MOST - 300]} ... {text[-290:]}"
+
+
+def shown(value: object, limit: int = 100) -> str:
+    """What a stranger's file holds, or an error about it: one short printable line for a message.
+
+    Of an error the first line; of anything but texts and numbers the type, since the text of nested
+    containers can be made endless.
+    """
+    if isinstance(value, int) and value.bit_length() > 256:
+        return "a huge integer"  # whose digits Python may refuse to compute
+    if not isinstance(value, str | int | float | Exception):
+        return f"a {type(value).__name__}"
+    lines = str(value).splitlines() or [""]
+    text = lines[0] if lines[0].isprintable() else ascii(lines[0])[1:-1]
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -26,7 +51,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def fail(message: str) -> NoReturn:
     """Prints `error: MESSAGE` on stderr and exits with status 1."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     raise SystemExit(1)
 
 

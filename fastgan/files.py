@@ -2,13 +2,18 @@
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO
 
 from fastgan.errors import UserError
+
+# How names end of what is not whole yet; they begin with a dot.
+PART = ".part"
 
 
 def require_file(path: str | os.PathLike[str], purpose: str) -> Path:
@@ -31,19 +36,26 @@ def replace_atomically(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
     UserError: `path` is a folder, or its folder cannot be made or written to.
     """
+    with replacement(path) as aside, aside.open("wb") as file:
+        yield file
+
+
+@contextmanager
+def replacement(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """The same for what writes to a path: an empty file to be overwritten."""
     target = Path(path)
     if target.is_dir():
         raise UserError(f"is a folder, {target}, give the path of a file")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        handle, aside = tempfile.mkstemp(PART, f".{target.name}.", target.parent)
+        os.close(handle)
     except OSError as error:
         raise UserError(
             f"cannot write ({error.strerror}), {target}, give a path in a writable folder"
         ) from error
     try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
+        yield Path(aside)
         os.chmod(aside, 0o666 & ~_umask())
         os.replace(aside, target)
     except BaseException:
@@ -51,8 +63,30 @@ def replace_atomically(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         raise
 
 
+def sweep(folder: Path) -> None:
+    """Removes what processes that were killed while they wrote into `folder` left there."""
+    for path in folder.glob(f".*{PART}"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Waits until a file's content, or a folder's entries, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@cache
 def _umask() -> int:
-    """The process's umask: mkstemp files are private, results should not be."""
+    """The process's umask: mkstemp files are private, results should not be.
+
+    It can only be read by changing it, which other threads should not see: read once.
+    """
     mask = os.umask(0)
     os.umask(mask)
     return mask

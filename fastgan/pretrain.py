@@ -18,7 +18,7 @@ from fastgan.training.loop import run_loop
 def pretrain(config: cfg.PretrainConfig) -> None:
     """Trains a denoiser with EDM's loss, into a run directory."""
     checks.check_run(config)
-    world = distributed.init(config.device.value)
+    world = distributed.init(config.device.value, config.timeout)
     strict_float32()
     tuned_convolutions()
     select_kernels(config.kernels.value, world.device)

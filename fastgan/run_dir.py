@@ -1,22 +1,26 @@
 """The run directory: made once, by rank 0, and taken up again by the same command."""
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from fastgan import distributed
 from fastgan.config import RunConfig
-from fastgan.errors import UserError
+from fastgan.errors import UserError, shown
 from fastgan.files import replace_atomically
 
 CONFIG = "config.yaml"
 # What may differ when a run is taken up again: how long, how often, where and how fast, how it is
 # looked at.
 _FREE = {"run_dir", "total_images", "tick", "snapshot", "keep", "dry_run", "eval"}
-_FREE |= {"device", "engine", "compile"}
+_FREE |= {"device", "engine", "compile", "timeout"}
+# Ours has three kilobytes, no aliases (a few of which can stand for gigabytes) and four levels.
+_MOST_BYTES = 32 * 1024
+_MOST_LEVELS = 20
 
 
 def open_run_dir(config: RunConfig) -> Path:
@@ -56,21 +60,46 @@ def _prepare(config: RunConfig) -> None:
 
 
 def _check_same(folder: Path, config: RunConfig) -> None:
-    try:
-        saved = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
-    except (OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"{folder / CONFIG} is damaged, another run_dir would do") from error
+    saved = _saved(folder / CONFIG)
     ours: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
         OmegaConf.structured(config), enum_to_str=True
     )
     for key in (f.name for f in fields(config)):
-        if key in _FREE or not isinstance(saved, dict):
-            continue
-        if saved.get(key) != ours[key]:
+        if key not in _FREE and saved.get(key) != ours[key]:
             raise UserError(
                 f"run_dir={folder} holds a run with {_difference(key, saved.get(key), ours[key])}, "
                 "another run_dir or the same settings would be right"
             )
+
+
+def _saved(path: Path) -> dict[str, Any]:
+    """The settings in a config.yaml: plain values, in which nothing is resolved."""
+    try:
+        if not path.is_file():  # a pipe would keep us waiting
+            raise ValueError("no file")
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"more than {_MOST_BYTES} bytes")
+        _check_structure(content.decode())
+        saved = yaml.safe_load(content.decode())
+        if not isinstance(saved, dict):
+            raise ValueError("no settings")
+        json.dumps(saved, default=str)  # fails for numbers too long to be shown in a message
+    except Exception as error:
+        # PyYAML raises nearly anything on broken bytes, and its own errors run over several lines.
+        raise UserError(f"{path} is damaged ({shown(error)}), another run_dir would do") from error
+    return saved
+
+
+def _check_structure(text: str) -> None:
+    """ValueError for aliases and deep nesting, before anything is built from them."""
+    levels = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        levels += isinstance(event, yaml.CollectionStartEvent)
+        levels -= isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or levels > _MOST_LEVELS:
+            raise ValueError("aliases or many levels")
 
 
 def _difference(key: str, saved: Any, ours: Any) -> str:
@@ -78,5 +107,5 @@ def _difference(key: str, saved: Any, ours: Any) -> str:
     if isinstance(saved, dict) and isinstance(ours, dict):
         for name in sorted(saved.keys() | ours.keys(), key=str):
             if saved.get(name) != ours.get(name):
-                return _difference(f"{key}.{name}", saved.get(name), ours.get(name))
-    return f"{key}={saved} (not {ours})"
+                return _difference(f"{key}.{shown(str(name))}", saved.get(name), ours.get(name))
+    return f"{key}={shown(str(saved), 200)} (not {shown(str(ours), 200)})"

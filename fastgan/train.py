@@ -17,7 +17,7 @@ from fastgan.training.loop import run_loop
 def train(config: cfg.TrainConfig) -> None:
     """Fine-tunes the network of `init.path` against a discriminator, into a run directory."""
     checks.check_train(config)
-    world = distributed.init(config.device.value)
+    world = distributed.init(config.device.value, config.timeout)
     prepare_process(config, world.device)
     settings, plan = step_settings(config, world), schedule(config)
     data = build.dataset(config.data)

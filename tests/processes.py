@@ -10,9 +10,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def two_processes(
-    code: str, *arguments: str, timeout: float = 120, expected: int = 0, **environment: str
-) -> None:
-    """Runs `code` in ranks 0 and 1 and asserts that both end with the status `expected`."""
+    code: str,
+    *arguments: str,
+    timeout: float = 120,
+    expected: int | tuple[int, int] = 0,
+    **environment: str,
+) -> list[str]:
+    """Runs `code` in ranks 0 and 1, asserts how both end, and returns what they said on stderr.
+
+    A process that has not ended after `timeout` seconds fails the test, and both are killed.
+    """
+    statuses = (expected, expected) if isinstance(expected, int) else expected
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -28,5 +36,10 @@ def two_processes(
         )
         for rank in "01"
     ]
-    errors = [worker.communicate(timeout=timeout)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [expected] * 2, errors
+    try:
+        errors = [worker.communicate(timeout=timeout)[1] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert tuple(worker.returncode for worker in workers) == statuses, errors
+    return errors

@@ -187,8 +187,8 @@ MUTANTS = (
     Mutant(
         "processes that all compile at the same time",
         "fastgan/distributed.py",
-        "    if not is_main():\n        dist.barrier(group)",
-        "    if is_main():\n        dist.barrier(group)",
+        "    if not is_main():\n        with exchanging():",
+        "    if is_main():\n        with exchanging():",
         "tests/test_distributed.py",
     ),
     Mutant(
@@ -286,8 +286,8 @@ MUTANTS = (
     Mutant(
         "a non-finite gradient updates all the same",
         "fastgan/training/updater.py",
-        "        if finite:",
-        "        if True:",
+        "            self.optimizer.found_inf = skipped",
+        "            self.optimizer.found_inf = 0 * skipped",
         "tests/training/test_updater.py::test_skip_touches_neither_parameters_nor_moments",
     ),
     Mutant(

@@ -7,7 +7,6 @@ that training started from, empty if from random weights), license, provenance (
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
-from fastgan.errors import UserError
-from fastgan.files import file_sha256, replace_atomically, require_file
+from fastgan.checkpoint.edm_arguments import what_is_right
+from fastgan.errors import UserError, shown
+from fastgan.files import file_sha256, replacement, require_file, sync
+from fastgan.json_object import parse_object
 from fastgan.models import SIGMA_INIT, Precond, network_from_config
 
 FORMAT, VERSION = "fastgan-network", "1"
@@ -95,12 +96,11 @@ def save_network(
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
     try:
-        with replace_atomically(path) as file:
-            file.write(save(tensors, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(f"cannot write, {path} ({error.strerror}), free space expected") from error
+        with replacement(path) as aside:
+            save_file(tensors, aside, metadata)
+            sync(aside)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write, {path} ({error}), free space expected") from error
 
 
 def load_network_file(path: str | Path) -> NetworkFile:
@@ -148,12 +148,11 @@ def _checked_metadata(metadata: dict[str, str], path: Path) -> dict[str, str]:
 def _json_object(metadata: Mapping[str, str], key: str, path: Path) -> dict[str, Any]:
     text = metadata[key]
     try:
-        value = json.loads(text) if len(text) <= _MAX_JSON else None
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"metadata {key} is no JSON object, {path}, {_EXPECTED}")
-    return value
+        if len(text) > _MAX_JSON:
+            raise ValueError(f"more than {_MAX_JSON} characters")
+        return parse_object(text)
+    except ValueError as error:
+        raise UserError(f"metadata {key} ({error}), {path}, {_EXPECTED}") from error
 
 
 def network_from_file(path: str | Path) -> Precond:
@@ -172,22 +171,24 @@ def require_fit(config: Mapping[str, Any], state: Mapping[str, Tensor], where: s
 
     Raises UserError that names the first few differences; `where` names the file.
     """
+    _check_arguments(config, state, where)
     try:
         with torch.device("meta"):
             network = network_from_config(config)
     except UserError as error:
-        raise UserError(f"{error}, {where}") from error
+        raise UserError(f"{shown(error, 400)}, {where}") from error
     except Exception as error:
         # An inconsistent config of a stranger's file fails anywhere in the constructors.
         raise UserError(
-            f"no network can be built, {where} ({type(error).__name__}: {error}), "
+            f"no network can be built, {where} ({type(error).__name__}: {shown(error)}), "
             "constructor arguments that fit each other expected"
         ) from error
     expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in state.items()}
     names = [*expected, *sorted(found.keys() - expected.keys())]
     differences = [
-        f"{name[:80]}: {found.get(name, 'missing')}, architecture: {expected.get(name, 'none')}"
+        f"{shown(name)}: {shown(str(found.get(name, 'missing')))}, "
+        f"architecture: {expected.get(name, 'none')}"
         for name in names
         if found.get(name) != expected.get(name)
     ]
@@ -197,3 +198,19 @@ def require_fit(config: Mapping[str, Any], state: Mapping[str, Tensor], where: s
             f"({'; '.join(differences[:3])}), tensors of the file's own architecture expected"
         )
     return network
+
+
+def _check_arguments(config: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> None:
+    """UserError for values and a number of blocks that would take for ever to build."""
+    for name, value in config.items():
+        right = what_is_right(name, value)
+        if right is not None:
+            raise UserError(f"{shown(name)}={shown(value)} in the network config, {where}, {right}")
+    blocks = config.get("num_blocks", 1) * len(config.get("channel_mult", ()))
+    if blocks > len(state):
+        raise UserError(f"{blocks} blocks for {len(state)} tensors, {where}, fewer expected")
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise UserError(
+                f"{tensor.dtype} tensor {shown(name)}, {where}, floating point expected"
+            )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastgan.checkpoint.network_file import load_network_file, save_network
 from fastgan.errors import UserError
-from fastgan.files import file_sha256, replace_atomically
+from fastgan.files import PART, file_sha256, replacement, sweep, sync
 
 EMA = "ema.safetensors"
 TRAINING = "training.safetensors"
@@ -47,8 +47,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     The checkpoint with the lowest metric is kept besides.
     """
     target = folder / f"{checkpoint.nimg:010d}"
-    aside = folder / f".{target.name}.part"
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = folder / f".{target.name}{PART}"
+    sweep(folder)
     try:
         aside.mkdir(parents=True)
         save_network(
@@ -68,15 +68,15 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         }
         (aside / META).write_text(json.dumps(facts, indent=2) + "\n")
         for file in aside.iterdir():
-            _sync(file)
+            sync(file)
+        sync(aside)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(aside, target)
-        _sync(folder)
-        with replace_atomically(folder / LATEST) as pointer:
-            pointer.write(f"{target.name}\n".encode())
-            pointer.flush()
-            os.fsync(pointer.fileno())
-        _sync(folder)
+        sync(folder)
+        with replacement(folder / LATEST) as pointer:
+            pointer.write_text(f"{target.name}\n")
+            sync(pointer)
+        sync(folder)
     except (OSError, SafetensorError, UserError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
@@ -160,11 +160,3 @@ def _metrics(path: Path) -> dict[str, float]:
         return {name: value for name, value in metrics.items() if math.isfinite(value)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

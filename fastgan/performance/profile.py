@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from fastgan import config as cfg
@@ -103,16 +104,16 @@ def _clocked(
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    skipped: list[str] = []
+    skipped: list[Tensor] = []
     taken = [
-        _seconds(lambda: skipped.extend(live.run(next(numbers)).skipped), device)
+        _seconds(lambda: skipped.extend(live.run(next(numbers)).skipped.values()), device)
         for _ in range(request.iterations)
     ]
     return {
         "img_per_sec": live.config.batch / median(taken),
         "seconds_per_iteration": samples(taken),
         # A network that no longer trains skips part of the work.
-        "skipped_updates": len(skipped),
+        "skipped_updates": sum(int(left_out) for left_out in skipped),
         "seconds_to_first_step": first,
         "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
     }

@@ -1,7 +1,7 @@
 """The plain step as a good engineer would speed it up in an afternoon: the honest opponent.
 
 G and each branch of D (backbone, mixing, heads) go through torch.compile, frozen weights are kept
-in the dtype that they compute in, Adam is fused. Losses, R1 and the order of things are the plain
+in the dtype that they compute in. Losses, R1 and the order of things are the plain
 step's.
 """
 
@@ -30,8 +30,6 @@ class CompiledStep(PlainStep):
     that they find its graphs, and the choices in them, in the compile cache. R1, one step in
     seventeen, stays eager.
     """
-
-    fused_adam = True
 
     def __init__(
         self,

@@ -62,7 +62,7 @@ class EdmStep:
                 loss = losses.edm_loss(denoised, reals[part], sigma[part]).sum() / len(reals)
                 loss.backward()
                 total += loss.detach()
-        skipped = [] if self.update(nimg) else ["G"]
+        skipped = {"G": self.update(nimg, total)}
         beta = ema_beta(s.batch, nimg, half_life=s.ema_half_life, ramp=s.ema_ramp)
         update_ema(self.average, self.network, beta)
         return StepResult({"Loss/denoising": total}, skipped)
@@ -78,6 +78,10 @@ class EdmStep:
         """Restores `state`; UserError where it belongs to another network."""
         load_trainable(self.network, part_of(state, "generator"), "network")
         self.update.load_state(part_of(state, "optimizer_g"))
+
+    def blamed(self) -> dict[str, list[str]]:
+        """The parameters whose gradients were not finite when an update was last left out."""
+        return {"generator": self.update.blamed()}
 
     def _draw(self, reals: Tensor, iteration: int) -> tuple[Tensor, Tensor]:
         """This process's slice of the whole batch's noise levels [local] and noise."""

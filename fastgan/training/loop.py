@@ -9,23 +9,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastgan.checkpoint.store import Checkpoint, save_checkpoint
+from fastgan.checkpoint.store import Checkpoint
+from fastgan.checkpoint.writer import CheckpointWriter
 from fastgan.distributed import World, all_reduce_sum, barrier
 from fastgan.errors import UserError
+from fastgan.files import sweep
 from fastgan.models import Precond
+from fastgan.training.dump import dump
+from fastgan.training.health import DIVERGED, MAX_SKIPPED, Diverged, Health, Skips
 from fastgan.training.monitor import Averages, Monitor
-from fastgan.training.resume import resume
+from fastgan.training.resume import how_it_ended, resume
 from fastgan.training.state import StepResult
 from fastgan.training.stop import PREEMPTED, Preempted, StopRequest
-
-# After this many iterations in a row with a non-finite gradient the run has diverged.
-MAX_SKIPPED = 10
-# Exit status of a diverged run.
-DIVERGED = 3
-
-
-class Diverged(Exception):
-    """Too many iterations in a row had non-finite gradients; commands exit with DIVERGED."""
 
 
 class Step(Protocol):
@@ -38,6 +33,8 @@ class Step(Protocol):
     def state(self) -> dict[str, Tensor]: ...
 
     def load_state(self, state: dict[str, Tensor]) -> None: ...
+
+    def blamed(self) -> dict[str, list[str]]: ...
 
 
 @dataclass(frozen=True)
@@ -72,13 +69,17 @@ def run_loop(
     `draw(iteration)` gives this process's reals [local, C, H, W] and one-hot labels; `evaluate`
     is called on all processes with the averaged network at every snapshot and returns its metrics.
     `full_speed`: see Monitor.
-    state.json says how it went; raises Diverged after MAX_SKIPPED iterations in a row without an
-    update, and Preempted once SIGTERM or SIGUSR1 came and everything is saved.
+    state.json says how it went; raises Diverged at the tick after MAX_SKIPPED iterations in a row
+    without an update, and Preempted once SIGTERM or SIGUSR1 came and everything is saved.
     """
     checkpoints = run_dir / "checkpoints"
     resumed = resume(step, checkpoints)
     nimg, iteration = resumed.nimg, resumed.iteration
     main = world.rank == 0
+    before = how_it_ended(run_dir) if main else None
+    if main:
+        sweep(run_dir)
+        sweep(run_dir / "samples")
     monitor = Monitor(
         run_dir,
         total_images=schedule.total_images,
@@ -87,25 +88,35 @@ def run_loop(
         main=main,
         full_speed=full_speed,
     )
-    averages, skipped_in_a_row, begun = Averages(), 0, nimg
+    averages, skips, health, begun = Averages(), Skips(), Health(), nimg
     stop = StopRequest()
+    writer = CheckpointWriter(checkpoints, keep=schedule.keep, main=main)
 
-    def save(metrics: dict[str, float]) -> None:
-        if main:
-            state = Checkpoint(
-                network_config,
-                {n: t.detach().cpu() for n, t in step.average.state_dict().items()},
-                {n: t.detach().cpu() for n, t in step.state().items()},
-                nimg,
-                iteration,
-                metrics,
-                provenance,
+    def state(metrics: dict[str, float]) -> Checkpoint:
+        average, training = step.average.state_dict(), step.state()
+        return Checkpoint(network_config, average, training, nimg, iteration, metrics, provenance)
+
+    def tick() -> None:
+        means = _mean_over_processes(averages.take(), world)
+        left_out = skips.take()
+        monitor.tick(means | {"Progress/skipped": sum(left_out.values())})
+        monitor.state("running", None)
+        for name, count in left_out.items():
+            monitor.log(f"left out {count} updates of {name}: loss or gradients not finite")
+        for line in health.warnings(means):
+            monitor.log(line)
+        # All processes agree: what is checked are means over them.
+        if skips.longest() >= MAX_SKIPPED:
+            if main:
+                dump(run_dir, state({}), means, step.blamed())
+            raise Diverged(
+                f"loss or gradients not finite in {skips.longest()} iterations in a row, "
+                f"at {nimg} images, {run_dir / 'diverged'} holds the state and names them"
             )
-            save_checkpoint(checkpoints, state, keep=schedule.keep)
-        barrier()
+        writer.check()
 
-    with _outcome(monitor), stop.listening():
-        for line in resumed.left_out:
+    with _outcome(monitor), stop.listening(), writer:
+        for line in (*([before] if before else []), *resumed.left_out):
             monitor.log(line)
         if nimg:
             done = ", nothing left to do" if nimg >= schedule.total_images else ""
@@ -115,35 +126,30 @@ def run_loop(
             reals, labels = draw(iteration)
             result = step.run(reals, labels, iteration)
             averages.add(result.scalars)
+            skips.add(result.skipped)
             nimg, iteration = nimg + schedule.batch, iteration + 1
             monitor.advance(schedule.batch)
             if nimg == begun + schedule.batch:
                 monitor.first_iteration()
 
-            # Divergence: gradients are averaged before they are checked, so that all ranks agree.
-            skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
-            if result.skipped:
-                monitor.log(f"iteration {iteration - 1}: skipped {result.skipped}, not finite")
-            if skipped_in_a_row >= MAX_SKIPPED:
-                raise Diverged(
-                    f"gradients not finite in {MAX_SKIPPED} iterations in a row, at {nimg} images"
-                )
-
             # Report.
             if schedule.due(schedule.tick, nimg):
-                monitor.tick(_mean_over_processes(averages.take(), world))
-                monitor.state("running", None)
+                tick()
 
             # Snapshot: measure, then save. Asked to stop: only save.
             if schedule.due(schedule.snapshot, nimg):
                 with monitor.clock_stopped():
                     metrics = evaluate(step.average, nimg)
                     monitor.metrics(metrics)
-                    save(metrics)
+                    writer.save(state(metrics))
             if nimg < schedule.total_images and stop.agreed():
                 if not schedule.due(schedule.snapshot, nimg):
-                    save({})
+                    writer.save(state({}))
+                writer.finish()
+                barrier()
                 raise Preempted(f"asked to stop, saved at {nimg} images, the same command resumes")
+        writer.finish()
+        barrier()
 
 
 @contextmanager

@@ -60,3 +60,12 @@ def edm_loss(denoised: Tensor, clean: Tensor, sigma: Tensor, *, sigma_data: floa
 def mean_sign(logits: Logits) -> Tensor:
     """Mean over networks, images and patches of sign D: +-1 where D is sure, near 0 where not."""
     return torch.stack([patches.detach().sign().mean() for patches in logits]).mean()
+
+
+def diversity(fakes: Tensor, reals: Tensor) -> Tensor:
+    """How much the fakes of a batch differ from each other, relative to the reals, as a scalar.
+
+    The pixels' standard deviations over the batch, averaged: about 1 for a good generator, 0 for
+    one that has collapsed. Both [N, C, H, W] with N >= 2.
+    """
+    return fakes.std(0).mean() / reals.std(0).mean()

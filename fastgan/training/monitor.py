@@ -8,15 +8,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgan.files import replace_atomically
-
-Status = Literal["running", "done", "failed", "diverged", "preempted"]
+from fastgan.run_state import RunState, Status, write_state
 
 
 class Averages:
@@ -135,7 +132,7 @@ class Monitor:
     def state(self, status: Status, exit_code: int | None, message: str = "") -> None:
         """Replaces state.json: what a scheduler or a script asks a run for."""
         if self.main:
-            write_state(self.run_dir, status, self.nimg, exit_code, message)
+            write_state(self.run_dir, RunState(status, self.nimg, exit_code, message))
 
     def close(self) -> None:
         self._bar.close()
@@ -144,12 +141,3 @@ class Monitor:
         if self.device.type != "cuda":
             return 0.0
         return torch.cuda.max_memory_allocated(self.device) / 2**30
-
-
-def write_state(
-    run_dir: Path, status: Status, nimg: int, exit_code: int | None, message: str
-) -> None:
-    """state.json = {"status", "nimg", "exit_code", "message"}, replaced atomically."""
-    content = {"status": status, "nimg": nimg, "exit_code": exit_code, "message": message}
-    with replace_atomically(run_dir / "state.json") as file:
-        file.write((json.dumps(content) + "\n").encode())

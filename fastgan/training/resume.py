@@ -9,6 +9,20 @@ from torch import Tensor
 from fastgan.checkpoint.store import load_checkpoint, resumable
 from fastgan.errors import UserError
 from fastgan.models import Precond
+from fastgan.run_state import read_state
+
+
+def how_it_ended(run_dir: Path) -> str | None:
+    """A line about the process before this one, where it did not finish; None where it did."""
+    try:
+        before = read_state(run_dir)
+    except UserError as error:
+        return f"how the run ended before is not known: {error}"
+    if before is None or before.status == "done":
+        return None
+    if before.status == "running":
+        return f"the process before this one ended without a word after {before.nimg} images"
+    return f"before: {before.status} at {before.nimg} images: {before.message}"
 
 
 class Restorable(Protocol):

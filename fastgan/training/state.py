@@ -15,8 +15,8 @@ class StepResult:
 
     scalars: dict[str, Tensor]
     """By the names of the statistics file: Loss/G, Loss/D, Loss/R1 ..."""
-    skipped: list[str] = field(default_factory=list)
-    """Which updates were left out because a gradient was not finite."""
+    skipped: dict[str, Tensor] = field(default_factory=dict)
+    """By update (G, D, R1): 1 where it was left out, something not being finite, else 0."""
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

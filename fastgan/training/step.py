@@ -74,8 +74,6 @@ class StepSettings:
 class PlainStep:
     """Holds the networks and optimisers that one iteration updates, and runs it."""
 
-    fused_adam = False
-
     def __init__(
         self,
         generator: Precond,
@@ -93,7 +91,6 @@ class PlainStep:
             world=world,
             nonfinite=s.nonfinite,
             adam=s.adam,
-            fused=self.fused_adam,
             lr_factor=linear_decay(s.total_images, s.decay_from),
         )
         # Lazy R1 takes one D step in interval + 1 more: Adam is slowed down to match (StyleGAN2).
@@ -115,19 +112,21 @@ class PlainStep:
         # Generator: -log D(G z) through D, whose parameters stand still.
         z = self._latents(reals, iteration, "G")
         loss_g, fakes = self._accumulate_generator(z, labels, iteration)
-        skipped = [] if self.update_g(nimg) else ["G"]
+        skipped = {"G": self.update_g(nimg, loss_g)}
 
         # Discriminator: by default on fresh fakes of the generator just updated.
         if not s.share_fakes:
             z = self._latents(reals, iteration, "D")
             fakes = self._generate_without_graph(z, labels)
         scalars = self._accumulate_discriminator(reals, fakes, labels, iteration)
-        skipped += [] if self.update_d(nimg) else ["D"]
+        if len(reals) > 1:
+            scalars["Loss/diversity"] = losses.diversity(torch.cat(fakes), reals)
+        skipped["D"] = self.update_d(nimg, scalars["Loss/D"])
 
         # Lazy R1: a step of its own with D's optimiser, on the same reals without augmentation.
         if s.r1_interval and iteration % s.r1_interval == 0 and iteration > 0:
             scalars["Loss/R1"] = self._accumulate_r1(reals, labels)
-            skipped += [] if self.update_d(nimg) else ["R1"]
+            skipped["R1"] = self.update_d(nimg, scalars["Loss/R1"])
 
         beta = ema_beta(s.batch, nimg, half_life=s.ema_half_life, ramp=s.ema_ramp)
         update_ema(self.average, self.generator, beta)
@@ -148,6 +147,10 @@ class PlainStep:
         self.discriminator.load_save_state(part_of(state, "discriminator"))
         self.update_g.load_state(part_of(state, "optimizer_g"))
         self.update_d.load_state(part_of(state, "optimizer_d"))
+
+    def blamed(self) -> dict[str, list[str]]:
+        """The parameters whose gradients were not finite when an update was last left out."""
+        return {"generator": self.update_g.blamed(), "discriminator": self.update_d.blamed()}
 
     def _accumulate_generator(
         self, z: Tensor, labels: Tensor | None, iteration: int

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from fastgan.distributed import cpu_group, exchanging
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # Exit status of a run that was stopped and saved: try again (EX_TEMPFAIL of sysexits.h).
 PREEMPTED = 75
@@ -21,8 +23,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._received = False
-        # On the CPU: asking must not make a GPU finish what it has been given.
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group = cpu_group()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -39,7 +40,8 @@ class StopRequest:
         if self._group is None:
             return self._received
         asked = torch.tensor(float(self._received))
-        dist.all_reduce(asked, group=self._group)
+        with exchanging():
+            dist.all_reduce(asked, group=self._group)
         return bool(asked)
 
     def _note(self, number: int, frame: object) -> None:

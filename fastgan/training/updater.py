@@ -19,8 +19,8 @@ class Updater:
     """Adam over named parameters; called with gradients in place, it makes one update.
 
     `lr_factor` maps images seen to a factor on the optimiser's own learning rate. `adam`: PyTorch's
-    or, where it is installed, apex's FusedAdam (UserError where not). `fused`: whether PyTorch's
-    updates all parameters in one kernel.
+    or, where it is installed, apex's FusedAdam (UserError where not). PyTorch's leaves an update
+    out without asking the host; apex's waits for the answer.
     """
 
     def __init__(
@@ -33,24 +33,55 @@ class Updater:
         nonfinite: NonFinite = "skip",
         lr_factor: Callable[[int], float] | None = None,
         adam: Adam = "torch",
-        fused: bool = False,
     ) -> None:
         self.names, self.parameters = list(parameters), list(parameters.values())
-        create = _adam_class(adam, fused)
+        create = _adam_class(adam)
         self.optimizer = create(self.parameters, lr=lr, betas=betas, eps=1e-8)
-        self.world, self.lr, self.nonfinite = world, lr, nonfinite
+        self.world, self.lr, self.nonfinite, self.adam = world, lr, nonfinite, adam
         self.lr_factor = lr_factor or (lambda nimg: 1.0)
+        self._blamed: Tensor | None = None
 
-    def __call__(self, nimg: int) -> bool:
-        """Averages, checks, steps, clears; False where a non-finite gradient stopped the update."""
-        average_gradients(self.parameters, self.world)
-        finite = repair_gradients(self.parameters, self.nonfinite)
-        if finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * self.lr_factor(nimg)
+    def __call__(self, nimg: int, loss: Tensor) -> Tensor:
+        """Averages, checks, steps, clears; 1 where something not finite stopped the update, or 0.
+
+        `loss` is the objective that the gradients belong to, a scalar; the answer is one too, on
+        its device and the same in all processes.
+        """
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        loss = loss.detach().clone()
+        average_over_processes([*gradients, loss], self.world)
+        skipped = self._check(gradients, loss)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * self.lr_factor(nimg)
+        if self.adam == "torch":
+            self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not skipped:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return finite
+        return skipped
+
+    def blamed(self) -> list[str]:
+        """The parameters whose gradients were not finite when an update was last left out."""
+        if self._blamed is None:
+            return []
+        return [name for name, bad in zip(self.names, self._blamed.tolist(), strict=True) if bad]
+
+    def _check(self, gradients: list[Tensor], loss: Tensor) -> Tensor:
+        """Whether to leave the update out (1.0) or not; `published` first replaces NaN and inf."""
+        if self.nonfinite == "published":
+            for gradient in gradients:
+                torch.nan_to_num_(gradient, nan=0.0, posinf=1e5, neginf=-1e5)
+            return loss.new_zeros((), dtype=torch.float32)
+        norms = iter(torch._foreach_norm(gradients))
+        # R1 does not reach every parameter: the last biases move all logits alike.
+        of_all = [loss.new_zeros(()) if p.grad is None else next(norms) for p in self.parameters]
+        bad = ~torch.stack(of_all).isfinite()
+        skipped = bad.any() | ~loss.isfinite()
+        # Kept on the device until somebody asks.
+        before = torch.zeros_like(bad) if self._blamed is None else self._blamed
+        self._blamed = torch.where(skipped, bad, before)
+        return skipped.float()
 
     def state(self) -> dict[str, Tensor]:
         """Adam's moments and step counts as `<parameter>/<entry>`."""
@@ -75,15 +106,13 @@ class Updater:
                 self.optimizer.param_groups[0]["step"] = int(value)
                 continue
             parameter = known[name]
-            # Unless it is fused, Adam keeps its step count on the CPU.
-            on_cpu = entry == "step" and not self.optimizer.param_groups[0].get("fused")
-            device = torch.device("cpu") if on_cpu else parameter.device
-            self.optimizer.state[parameter][entry] = value.to(device)
+            self.optimizer.state[parameter][entry] = value.to(parameter.device)
 
 
-def _adam_class(adam: Adam, fused: bool) -> Callable[..., torch.optim.Optimizer]:
+def _adam_class(adam: Adam) -> Callable[..., torch.optim.Optimizer]:
     if adam == "torch":
-        return partial(torch.optim.Adam, fused=True) if fused else torch.optim.Adam
+        # Fused: the one that can leave an update out by itself (`found_inf`).
+        return partial(torch.optim.Adam, fused=True)
     found = fused_adam()
     if found is None:
         raise UserError(
@@ -92,26 +121,15 @@ def _adam_class(adam: Adam, fused: bool) -> Callable[..., torch.optim.Optimizer]
     return found
 
 
-def average_gradients(parameters: list[nn.Parameter], world: World) -> None:
-    """Replaces the gradients by their mean over all processes, in one flat all-reduce."""
+def average_over_processes(tensors: list[Tensor], world: World) -> None:
+    """Replaces the tensors by their means over all processes, in one flat all-reduce."""
     if world.size == 1:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
+    flat = torch.cat([t.flatten() for t in tensors])
     all_reduce_sum(flat)
     flat /= world.size
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
-
-
-def repair_gradients(parameters: list[nn.Parameter], mode: NonFinite) -> bool:
-    """Whether the update may go ahead; `published` first replaces NaN by 0 and inf by +-1e5."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if mode == "published":
-        for gradient in gradients:
-            torch.nan_to_num_(gradient, nan=0.0, posinf=1e5, neginf=-1e5)
-        return True
-    return bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+    for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
 
 
 def linear_decay(total_images: int, decay_from: float | None) -> Callable[[int], float]:

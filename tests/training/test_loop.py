@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from fastgan.checkpoint.network_file import network_from_file
-from fastgan.checkpoint.store import latest_checkpoint
+from fastgan.checkpoint.store import latest_checkpoint, load_checkpoint
 from fastgan.errors import UserError
 from fastgan.models import Precond
 from fastgan.training.ema import averaged_copy
-from fastgan.training.loop import Diverged, Schedule, run_loop
+from fastgan.training.health import Diverged
+from fastgan.training.loop import Schedule, run_loop
 from fastgan.training.state import StepResult, trainable
 from fastgan.training.step import PlainStep
 from tests.conftest import TINY, live_network
@@ -34,7 +35,9 @@ REPORTED = {
     "Loss/D",
     "Loss/sign_real",
     "Loss/sign_fake",
+    "Loss/diversity",
     "Progress/kimg",
+    "Progress/skipped",
     "Timing/img_per_sec",
     "Timing/sec_per_kimg",
     "Resources/peak_gpu_mem_gb",
@@ -55,7 +58,7 @@ class Counting:
         action = self.at.get(iteration)
         if isinstance(action, BaseException):
             raise action
-        skipped = ["G"] if action == "skip" else []
+        skipped = {"G": torch.tensor(float(action == "skip")), "D": torch.zeros(())}
         return StepResult({"Loss/G": torch.tensor(float(iteration))}, skipped)
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -63,6 +66,9 @@ class Counting:
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         pass
+
+    def blamed(self) -> dict[str, list[str]]:
+        return {"generator": ["conv.weight"], "discriminator": []}
 
 
 def train(
@@ -161,7 +167,8 @@ def test_metrics_are_written_and_the_best_checkpoint_kept(tmp_path: Path) -> Non
 
 def test_every_line_of_the_statistics_is_strict_json(tmp_path: Path) -> None:
     step = Counting()
-    step.run = lambda *a: StepResult({"Loss/G": torch.tensor(math.nan)})  # type: ignore[method-assign]
+    result = StepResult({"Loss/G": torch.tensor(math.nan)}, {"G": torch.zeros(())})
+    step.run = lambda *a: result  # type: ignore[method-assign]
     train(step, tmp_path, 8)
     (line,) = (tmp_path / "stats.jsonl").read_text().splitlines()
     refuse = {"parse_constant": lambda name: pytest.fail(f"{name} is no JSON")}
@@ -169,15 +176,31 @@ def test_every_line_of_the_statistics_is_strict_json(tmp_path: Path) -> None:
 
 
 def test_ten_skipped_iterations_in_a_row_diverge(tmp_path: Path) -> None:
-    skips = {f"k{k}": "skip" for k in [*range(2, 11), *range(12, 30)]}
+    skips = {f"k{k}": "skip" for k in [*range(2, 11), *range(12, 22)]}
     step = Counting(**skips)
-    with pytest.raises(Diverged, match="10 iterations in a row, at 88 images"):
-        train(step, tmp_path, 400)
-    assert step.seen[-1] == 21  # 9 skips, one update, then 10 skips
+    with pytest.raises(Diverged, match="in 10 iterations in a row, at 96 images"):
+        train(step, tmp_path, 400, tick=12, snapshot=400)
+    # 9 skips, one update, then 10 skips: the tick after iteration 23 finds them, although 22 and 23
+    # were fine.
+    assert step.seen[-1] == 23
     found = state(tmp_path)
-    assert (found["status"], found["exit_code"], found["nimg"]) == ("diverged", 3, 88)
+    assert (found["status"], found["exit_code"], found["nimg"]) == ("diverged", 3, 96)
     assert "not finite" in found["message"]
-    assert "iteration 2: skipped ['G']" in (tmp_path / "log.txt").read_text()
+    assert [line["Progress/skipped"] for line in stats(tmp_path)] == [1, 3, 3, 2, 3, 3, 3, 1]
+    assert "left out 2 updates of G" in (tmp_path / "log.txt").read_text()
+    why = json.loads((tmp_path / "diverged" / "why.json").read_text())
+    assert (why["nimg"], why["iteration"]) == (96, 24)
+    assert why["not_finite"] == {"generator": ["conv.weight"], "discriminator": []}
+    assert why["means"] == {"Loss/G": "22.0"}
+    assert load_checkpoint(latest_checkpoint(tmp_path / "diverged")).nimg == 96
+
+
+def test_trouble_is_said_once(tmp_path: Path) -> None:
+    step = Counting()
+    values = {"Loss/diversity": torch.tensor(0.1)}
+    step.run = lambda *a: StepResult(values, {"G": torch.zeros(())})  # type: ignore[method-assign]
+    train(step, tmp_path, 32, tick=4)
+    assert (tmp_path / "log.txt").read_text().count("G may be collapsing") == 1
 
 
 @pytest.mark.parametrize(

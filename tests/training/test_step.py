@@ -213,10 +213,10 @@ def test_no_gradients_are_left_and_none_reach_the_other_network() -> None:
     step._accumulate_generator(noise("G", 0), None, 0)
     assert all(p.grad is None for p in d.parameters())
     assert all(p.grad is not None for p in trainable(step.generator).values())
-    step.update_g(0)
+    step.update_g(0, torch.zeros(()))
     step._accumulate_discriminator(reals(0), [reals(1)], None, 0)
     assert all(p.grad is not None for p in d.parameters())
-    step.update_d(0)
+    step.update_d(0, torch.zeros(()))
     for module in (step.generator, d):
         assert all(p.grad is None for p in module.parameters())
 
@@ -224,7 +224,7 @@ def test_no_gradients_are_left_and_none_reach_the_other_network() -> None:
 class _Broken(Watched):
     """Answers NaN while `broken`."""
 
-    broken = True
+    broken = False
 
     def forward(self, images, labels=None, generator=None):
         logits = super().forward(images, labels, generator)
@@ -234,19 +234,24 @@ class _Broken(Watched):
 def test_an_update_that_is_not_finite_is_left_out() -> None:
     d = _Broken().double()
     step = gan_step(d)
+    step.run(reals(0), None, 0)
+    d.broken = True
     before = everything(step)
-    assert step.run(reals(0), None, 0).skipped == ["G", "D"]
+    assert step.run(reals(1), None, 1).skipped == {"G": 1, "D": 1}
     assert_same(everything(step), before)
+    assert step.blamed()["generator"] == step.update_g.names
     d.broken = False
-    assert step.run(reals(1), None, 1).skipped == []
+    assert step.run(reals(2), None, 2).skipped == {"G": 0, "D": 0}
     after = everything(step)
     assert all(t.isfinite().all() for t in after.values())
     assert not torch.equal(after["discriminator/heads.0.0.weight"], d.heads[0][0].weight * 0)
 
 
 def test_published_goes_on_with_repaired_gradients() -> None:
-    step = gan_step(_Broken().double(), nonfinite="published")
-    assert step.run(reals(0), None, 0).skipped == []
+    d = _Broken().double()
+    d.broken = True
+    step = gan_step(d, nonfinite="published")
+    assert step.run(reals(0), None, 0).skipped == {"G": 0, "D": 0}
     assert all(t.isfinite().all() for t in everything(step).values())
 
 

@@ -7,13 +7,16 @@ import torch
 from torch import nn
 
 from fastgan.errors import UserError
-from fastgan.training.updater import Updater, linear_decay, repair_gradients
+from fastgan.training.updater import Updater, linear_decay
 from tests.training.toys import ALONE
 
 
 def updater(lr: float = 0.1, **options: object) -> Updater:
     parameters = {name: nn.Parameter(torch.ones(2)) for name in ("a", "b")}
     return Updater(parameters, ALONE, lr=lr, betas=(0.0, 0.99), **options)  # type: ignore[arg-type]
+
+
+LOSS = torch.tensor(1.0)
 
 
 def give_gradients(update: Updater, value: float) -> None:
@@ -24,7 +27,7 @@ def give_gradients(update: Updater, value: float) -> None:
 def test_one_step_of_adam_moves_by_the_learning_rate_and_clears() -> None:
     update = updater()
     give_gradients(update, 3.0)
-    assert update(0)
+    assert update(0, LOSS) == 0
     for parameter in update.parameters:
         torch.testing.assert_close(parameter.data, torch.full((2,), 0.9))
         assert parameter.grad is None
@@ -34,32 +37,49 @@ def test_one_step_of_adam_moves_by_the_learning_rate_and_clears() -> None:
 def test_skip_touches_neither_parameters_nor_moments(bad: float) -> None:
     update = updater()
     give_gradients(update, 1.0)
-    update(0)
+    update(0, LOSS)
     before = [p.detach().clone() for p in update.parameters]
     state = {n: t.clone() for n, t in update.state().items()}
     give_gradients(update, 1.0)
     update.parameters[1].grad[0] = bad
-    assert not update(0)
+    assert update(0, LOSS) == 1 and update.blamed() == ["b"]
     for old, parameter in zip(before, update.parameters, strict=True):
         assert torch.equal(old, parameter) and parameter.grad is None
     assert all(torch.equal(state[n], t) for n, t in update.state().items())
 
 
+def test_a_loss_that_is_not_finite_stops_the_update() -> None:
+    """An infinite loss can have finite gradients: softplus saturates."""
+    update = updater()
+    give_gradients(update, 1.0)
+    assert update(0, torch.tensor(math.inf)) == 1 and update.blamed() == []
+    assert torch.equal(update.parameters[0], torch.ones(2))
+
+
+def test_who_is_blamed_is_remembered() -> None:
+    update = updater()
+    for bad in (math.nan, 1.0):
+        give_gradients(update, 1.0)
+        update.parameters[0].grad[1] = bad
+        update(0, LOSS)
+    assert update.blamed() == ["a"]
+
+
 def test_published_repairs_and_goes_on() -> None:
+    """Adam's first step moves every parameter by the learning rate against its gradient's sign."""
     parameter = nn.Parameter(torch.zeros(4))
+    update = Updater({"p": parameter}, ALONE, lr=0.5, betas=(0.0, 0.99), nonfinite="published")
     parameter.grad = torch.tensor([math.nan, math.inf, -math.inf, 2.0])
-    assert repair_gradients([parameter], "published")
-    assert parameter.grad.tolist() == [0.0, 1e5, -1e5, 2.0]
-    update = updater(nonfinite="published")
-    give_gradients(update, math.nan)
-    assert update(0)
-    assert all(p.isfinite().all() for p in update.parameters)
+    assert update(0, torch.tensor(math.nan)) == 0
+    torch.testing.assert_close(parameter.data, torch.tensor([0.0, -0.5, 0.5, -0.5]))
+    squares = update.state()["p/exp_avg_sq"]
+    torch.testing.assert_close(squares, 0.01 * torch.tensor([0.0, 1e10, 1e10, 4.0]))
 
 
 def test_learning_rate_follows_the_images() -> None:
     update = updater(lr_factor=lambda nimg: 0.5 if nimg >= 100 else 1.0)
     give_gradients(update, 1.0)
-    update(100)
+    update(100, LOSS)
     torch.testing.assert_close(update.parameters[0].data, torch.full((2,), 0.95))
 
 
@@ -73,13 +93,13 @@ def test_state_makes_a_second_updater_continue_bitwise() -> None:
     first, second = updater(), updater()
     for value in (1.0, -2.0):
         give_gradients(first, value)
-        first(0)
+        first(0, LOSS)
     second.load_state({n: t.clone() for n, t in first.state().items()})
     for mine, theirs in zip(second.parameters, first.parameters, strict=True):
         mine.data.copy_(theirs.data)
     for update in (first, second):
         give_gradients(update, 0.5)
-        update(0)
+        update(0, LOSS)
     assert torch.equal(first.parameters[0], second.parameters[0])
     assert all(torch.equal(t, second.state()[n]) for n, t in first.state().items())
 
@@ -113,7 +133,7 @@ def test_apex_is_taken_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) ->
     for k in range(4):
         for update in (ours, theirs):
             give_gradients(update, 1.0 + k)
-            update(0)
+            update(0, LOSS)
         if k == 1:
             state = {name: value.clone() for name, value in ours.state().items()}
             resumed.load_state(state)
@@ -121,7 +141,7 @@ def test_apex_is_taken_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) ->
                 mine.data.copy_(yours.data)
         if k > 1:
             give_gradients(resumed, 1.0 + k)
-            resumed(0)
+            resumed(0, LOSS)
     for a, b, c in zip(ours.parameters, theirs.parameters, resumed.parameters, strict=True):
         torch.testing.assert_close(a, b)
         assert torch.equal(a, c)

@@ -3,10 +3,11 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch._dynamo.utils import counters
 
 from fastgan import config as cfg
@@ -84,14 +85,19 @@ class Running:
 
     live: LiveStep
     settings: Content
-    skipped: int = 0
+    _skipped: list[Tensor] = field(default_factory=list)
+
+    @property
+    def skipped(self) -> int:
+        """Updates left out so far; waits for the device."""
+        return sum(int(left_out) for left_out in self._skipped)
 
     @property
     def interval(self) -> int:
         return self.live.step.settings.r1_interval
 
     def run(self, iteration: int) -> None:
-        self.skipped += len(self.live.run(iteration).skipped)
+        self._skipped += self.live.run(iteration).skipped.values()
 
     @contextmanager
     def turn(self) -> Iterator[None]:
