@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+import torch
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException
@@ -16,12 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fastgan import distributed
-from fastgan.errors import UserError, fail
-from fastgan.training.loop import DIVERGED, Diverged
+from fastgan.errors import UserError, fail, one_line, shown
+from fastgan.training.health import DIVERGED, Diverged
 from fastgan.training.stop import PREEMPTED, Preempted
 
 # What ends a command without a traceback.
-_ENDS = (UserError, Diverged, Preempted, OmegaConfBaseException, KeyboardInterrupt)
+_STOPS = (Diverged, Preempted, KeyboardInterrupt)
+_ENDS = (UserError, OmegaConfBaseException, torch.OutOfMemoryError, *_STOPS)
 # How lines begin that tell a user nothing.
 _TECHNICAL = ("full_key:", "object_type=", "reference_type=", "See https://", "^")
 
@@ -49,8 +51,12 @@ def hydra_command(name: str, schema: type, run: Callable[[Any], None]) -> NoRetu
     # Hydra then raises instead of printing several lines; what it raises becomes one line below.
     os.environ["HYDRA_FULL_ERROR"] = "1"
 
+    started = False
+
     @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)
     def command(config: DictConfig) -> None:
+        nonlocal started
+        started = True
         try:
             run(typed(config))
             distributed.shutdown()
@@ -61,7 +67,10 @@ def hydra_command(name: str, schema: type, run: Callable[[Any], None]) -> NoRetu
     try:
         _check_flags()
         command()
-    except (HydraException, OmegaConfBaseException) as error:
+    except Exception as error:
+        # Composing strange settings fails with nearly anything; what fails later is our defect.
+        if started:
+            raise
         fail(cause(error))
     raise SystemExit(0)
 
@@ -75,7 +84,9 @@ def exit_status(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         fail("interrupted, the same command resumes from the latest checkpoint")
     message = cause(error) if isinstance(error, OmegaConfBaseException) else error
-    print(f"error: {message}", file=sys.stderr)
+    if isinstance(error, torch.OutOfMemoryError):
+        message = "out of memory, on the GPU, a smaller batch would be right"
+    print(f"error: {one_line(str(message))}", file=sys.stderr)
     return DIVERGED if isinstance(error, Diverged) else 1
 
 
@@ -85,7 +96,9 @@ def compose(name: str, schema: type, overrides: list[str]) -> Any:
     with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
         try:
             return typed(hydra.compose(name, overrides))
-        except (HydraException, OmegaConfBaseException) as error:
+        except UserError:
+            raise
+        except Exception as error:  # as in hydra_command
             raise UserError(cause(error)) from error
 
 
@@ -97,7 +110,9 @@ def typed(config: DictConfig) -> Any:
         raise UserError(
             f"no value for {', '.join(missing)}, KEY=VALUE on the command line expected"
         )
-    return OmegaConf.to_object(config)
+    found = OmegaConf.to_object(config)
+    _check_types(found)
+    return found
 
 
 def _check_flags() -> None:
@@ -125,6 +140,16 @@ def _check_keys(config: DictConfig, prefix: str = "") -> None:
             _check_keys(config[key], f"{prefix}{key}.")
 
 
+def _check_types(config: Any, prefix: str = "") -> None:
+    """UserError naming a group of keys that an interpolation has replaced by another one."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(field.type) and type(value) is not field.type:
+            raise UserError(f"{prefix}{field.name} is another group, its own keys expected")
+        if is_dataclass(value):
+            _check_types(value, f"{prefix}{field.name}.")
+
+
 def cause(error: BaseException) -> str:
     """The root of a chain of Hydra's and OmegaConf's exceptions, in one line with its key."""
     while error.__cause__ is not None:
@@ -133,9 +158,9 @@ def cause(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         return f"{lines[0]}, one of {', '.join(error.options)} expected"
     # OmegaConf says what in the first line; Hydra where, then what, then what would be right.
-    shown = len(lines) if isinstance(error, HydraException) else 1
-    told = [line for line in lines[:shown] if not line.startswith(_TECHNICAL)]
-    message = " ".join(told) or type(error).__name__
+    count = len(lines) if isinstance(error, HydraException) else 1
+    told = [line for line in lines[:count] if not line.startswith(_TECHNICAL)]
+    message = shown(" ".join(told), 400) or type(error).__name__
     key = getattr(error, "full_key", None)
     if key and key not in message:
         message = f"{message}, key {key}"

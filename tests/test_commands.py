@@ -176,8 +176,11 @@ def test_a_diverged_run_ends_with_3(command: CommandLine, tmp_path: Path) -> Non
     tensors = {n: t * float("nan") if "out_conv" in n else t for n, t in file.state.items()}
     save_file(tensors, path, metadata=file.metadata)
     ended = train(command, str(path), 400)
-    assert ended.code == 3 and ended.err.splitlines()[-1].startswith("error: gradients not finite")
+    line = ended.err.splitlines()[-1]
+    assert ended.code == 3 and line.startswith("error: loss or gradients not finite")
     assert state("run")["status"] == "diverged" and state("run")["exit_code"] == 3
+    why = json.loads(Path("run/diverged/why.json").read_text())
+    assert any(name.startswith("model.") for name in why["not_finite"]["generator"])
 
 
 def test_classes(command: CommandLine, conditional: str, tiny: str) -> None:

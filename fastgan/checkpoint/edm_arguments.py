@@ -7,8 +7,8 @@ built with it.
 import math
 from typing import Any, TypeGuard
 
-from fastgan.checkpoint.edm_records import as_plain, module_content, shown
-from fastgan.errors import UserError
+from fastgan.checkpoint.edm_records import as_plain, module_content
+from fastgan.errors import UserError, shown
 
 # The order in which the published preconditioning classes take them.
 _POSITIONS = (
@@ -35,6 +35,7 @@ _INTEGERS = {
 }
 _LISTS = {"channel_mult": (1, 64), "attn_resolutions": (1, 4096), "resample_filter": (1, 1000)}
 _MAX_ITEMS = 16
+_MAX_ARGUMENTS = 64
 _MAX_SIGMA = 1e6
 _SIGMAS = ("sigma_min", "sigma_max", "sigma_data")
 _TEXTS = ("model_type", "embedding_type", "encoder_type", "decoder_type")
@@ -57,13 +58,17 @@ def architecture(
     unet_class, _ = module_content(content["_modules"]["model"])
     positional = zip(_POSITIONS, content.get("_init_args", ()), strict=False)
     arguments = dict(positional) | content.get("_init_kwargs", {})
+    if len(arguments) > _MAX_ARGUMENTS:
+        raise UserError(
+            f"{len(arguments)} constructor arguments, {where}, at most {_MAX_ARGUMENTS} expected"
+        )
     config: dict[str, Any] = {"precond": precond, "model_type": unet_class}
     unused: dict[str, Any] = {}
     for name, value in arguments.items():
         value = as_plain(value)
         if name in _DROPPED or (name == "sigma_max" and value == math.inf):
             continue
-        right = _what_is_right(name, value)
+        right = what_is_right(name, value)
         if right is not None:
             raise UserError(f"constructor argument {shown(name)}={shown(value)}, {where}, {right}")
         target = config if name in _KNOWN else unused
@@ -71,8 +76,8 @@ def architecture(
     return config, unused
 
 
-def _what_is_right(name: str, value: object) -> str | None:
-    """What the argument should be, or None where it is that."""
+def what_is_right(name: str, value: object) -> str | None:
+    """What a constructor argument of a network should be, or None where it is that."""
     if name in _INTEGERS:
         low, high = _INTEGERS[name]
         return None if _is_whole(value, low, high) else f"an integer of {low} to {high} expected"
@@ -82,6 +87,7 @@ def _what_is_right(name: str, value: object) -> str | None:
         return None if fits else f"a short list of integers of {low} to {high} expected"
     if name in _SIGMAS:
         fits = isinstance(value, int | float) and 0 <= value < _MAX_SIGMA
+        fits = fits or (name == "sigma_max" and value == math.inf)
         return None if fits else f"a number from 0 to {_MAX_SIGMA} expected"
     if name in _TEXTS:
         return None if _is_simple(value) and isinstance(value, str) else "a short text expected"

@@ -22,11 +22,10 @@ from fastgan.checkpoint.edm_records import (
     PERSISTENT,
     module_content,
     read_tensors,
-    shown,
 )
 from fastgan.checkpoint.inert_pickle import InertUnpickler, RefusedGlobal
 from fastgan.checkpoint.network_file import require_fit, save_network
-from fastgan.errors import UserError
+from fastgan.errors import UserError, shown
 from fastgan.files import file_sha256
 
 MAX_FILE_BYTES = 8 << 30  # the largest published checkpoint has 1.2 GB, with `net` and `ema` 2.4

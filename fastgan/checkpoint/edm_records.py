@@ -6,8 +6,9 @@ form raises UserError with the name of the tensor, or TypeError / ValueError whe
 
 import io
 import math
-import warnings
+import pickletools
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -15,28 +16,30 @@ import torch
 from torch import Tensor
 
 from fastgan.checkpoint.inert_pickle import Record
-from fastgan.errors import UserError
+from fastgan.errors import UserError, shown
 
 PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
 NN_MODULES = "torch.nn.modules."
 MAX_DEPTH = 16  # modules within modules; the published networks have 4 levels
+Counts = tuple[int, ...]
 _SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 _NUMBER_TYPES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
+_MAX_NAME = 200  # characters; a name is repeated in those of all that lies below it
+_MAX_DIMENSIONS = 8
+# How often the same bytes may be read for several tensors, as a share of the file.
+_MAX_SHARING = 8
 # The start of torch.save's older form, in which torch pickles a storage inside a pickle; its zip
 # form never occurs there, and could be compressed without bound.
 _STORAGE_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
-
-
-def shown(value: object) -> str:
-    """Text, a number or an error's first line from a stranger's file, fit for a terminal.
-
-    Anything else is shown by its type: the text of nested containers can be made endless.
-    """
-    if not isinstance(value, str | int | float | Exception):
-        return f"a {type(value).__name__}"
-    lines = str(value).splitlines()
-    escaped = ascii(lines[0])[1:-1] if lines else ""
-    return escaped if len(escaped) <= 100 else escaped[:97] + "..."
+# Five pickles (that number, the version, the machine, the storage, its key), then the values.
+_STORAGE_PICKLES = 5
+_MAX_STORAGE_INSTRUCTIONS = 100
+_STORAGE_TYPES = {
+    "torch DoubleStorage": torch.float64,
+    "torch FloatStorage": torch.float32,
+    "torch HalfStorage": torch.float16,
+    "torch BFloat16Storage": torch.bfloat16,
+}
 
 
 def module_content(record: object) -> tuple[str, dict[str, Any]]:
@@ -62,14 +65,18 @@ def read_tensors(network: object, max_bytes: int, where: str) -> dict[str, Tenso
     (else a few stored bytes could be expanded into any number). `where` names the file in errors.
     """
     state: dict[str, Tensor] = {}
-    budget = max_bytes
+    budget, to_read = max_bytes, _MAX_SHARING * max_bytes
     for name, record in _walk(network):
         try:
             if name in state:
                 raise ValueError("two tensors of this name")
-            state[name] = _tensor(record, budget)
+            parts = _tensor_arguments(record)
+            to_read -= len(parts[0])
+            if to_read < 0:
+                raise ValueError("too many tensors share their storage")
+            state[name] = _tensor(*parts, max_bytes=budget)
         except Exception as error:
-            # torch.load on hostile bytes fails in many ways; its advice runs over several lines.
+            # Decoding hostile bytes fails in many ways.
             raise UserError(
                 f"unreadable tensor {shown(name)}, {where} ({shown(error)}), "
                 "a whole checkpoint expected"
@@ -98,14 +105,18 @@ def _walk(network: object) -> Iterator[tuple[str, object]]:
         pending += [(f"{prefix}{n}.", m) for n, m in reversed(children.items()) if m is not None]
 
 
-def _tensor(record: object, max_bytes: int) -> Tensor:
-    """The tensor that `record` rebuilds, checked against its storage before it is made."""
+def _tensor_arguments(record: object) -> tuple[bytes, int, Counts, Counts]:
+    """What a recorded tensor is made of: the bytes of its storage, offset, size and stride."""
     if isinstance(record, Record) and record.name == "torch._utils._rebuild_parameter":
         record = record.arguments[0]
     stored, offset, size, stride = _arguments(record, "torch._utils._rebuild_tensor_v2")[:4]
     (blob,) = _arguments(stored, "torch.storage._load_from_bytes")
-    size, stride, (offset,) = _counts(size), _counts(stride), _counts((offset,))
-    storage = _storage(as_bytes(blob))
+    return as_bytes(blob), _counts((offset,))[0], _counts(size), _counts(stride)
+
+
+def _tensor(blob: bytes, offset: int, size: Counts, stride: Counts, max_bytes: int) -> Tensor:
+    """The described part of the storage in `blob`, checked before it is made."""
+    storage = _storage(blob)
     values = math.prod(size)
     if values * storage.element_size() > max_bytes:
         raise ValueError(f"shape {size} takes more bytes than the file has")
@@ -119,18 +130,32 @@ def _tensor(record: object, max_bytes: int) -> Tensor:
 
 
 def _storage(blob: bytes) -> Tensor:
-    """A pickled storage as a flat tensor."""
+    """The flat tensor in what `torch.save` wrote of a storage, decoded here: torch.load can be made
+    to reserve any amount of memory, and to hash for ever."""
     if not blob.startswith(_STORAGE_MAGIC):
         raise ValueError("a storage that torch.save did not write")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a damaged one is an error here, with the tensor's name
-        loaded = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
-    if not isinstance(loaded, torch.storage.TypedStorage):
-        raise TypeError(f"a {type(loaded).__name__} where a storage belongs")
-    flat = torch.empty(0, dtype=loaded.dtype).set_(loaded)
-    if not flat.is_floating_point() or flat.nbytes > len(blob):
-        raise ValueError(f"{flat.nbytes} bytes of {flat.dtype} in {len(blob)} bytes")
-    return flat
+    file = io.BytesIO(blob)
+    *_, described, _ = (_literals(file) for _ in range(_STORAGE_PICKLES))
+    tag, kind, _, _, count = described
+    if tag != "storage" or kind not in _STORAGE_TYPES:
+        raise TypeError(f"a {kind} where a storage of floating point numbers belongs")
+    dtype, stored = _STORAGE_TYPES[kind], int.from_bytes(file.read(8), "little")
+    values = file.read()
+    if type(count) is not int or not count == stored == len(values) / dtype.itemsize:
+        raise ValueError(f"{count} values of {dtype} in {len(values)} bytes")
+    return torch.frombuffer(bytearray(values), dtype=dtype) if values else torch.empty(0).to(dtype)
+
+
+def _literals(file: io.BytesIO) -> list[Any]:
+    """Texts, numbers and names in the next pickle of `file`, which is left behind its end."""
+    instructions = list(islice(pickletools.genops(file), _MAX_STORAGE_INSTRUCTIONS))
+    if instructions[-1][0].name != "STOP":
+        raise ValueError(f"more than {_MAX_STORAGE_INSTRUCTIONS} instructions for a storage")
+    return [
+        argument
+        for opcode, argument, _ in instructions
+        if argument is not None and opcode.name not in ("PROTO", "BINPUT", "LONG_BINPUT")
+    ]
 
 
 def _arguments(record: object, name: str) -> tuple[Any, ...]:
@@ -140,9 +165,11 @@ def _arguments(record: object, name: str) -> tuple[Any, ...]:
     return record.arguments
 
 
-def _counts(values: object) -> tuple[int, ...]:
+def _counts(values: object) -> Counts:
     """A tuple of non-negative integers, as sizes, strides and offsets are."""
-    if not isinstance(values, tuple) or not all(type(v) is int and v >= 0 for v in values):
+    if not isinstance(values, tuple) or len(values) > _MAX_DIMENSIONS:
+        raise ValueError("sizes and strides that are no whole numbers")
+    if not all(type(v) is int and v >= 0 and v.bit_length() < 128 for v in values):
         raise ValueError("sizes and strides that are no whole numbers")
     return values
 
@@ -150,6 +177,8 @@ def _counts(values: object) -> tuple[int, ...]:
 def _mapping(value: object) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise TypeError(f"a {type(value).__name__} where named values belong")
+    if any(len(key) > _MAX_NAME for key in value):
+        raise ValueError(f"a name of more than {_MAX_NAME} characters")
     return value
 
 
@@ -157,8 +186,9 @@ def _names(value: object) -> set[object]:
     """A set, also in the spelling of protocols 2 and 3: a call on a list."""
     if isinstance(value, Record) and value.name.endswith(".set"):
         (value,) = value.arguments
-    if not isinstance(value, set | list):
-        raise TypeError(f"a {type(value).__name__} where a set belongs")
+    # Names only: hashing a nested tuple can be made to take for ever.
+    if not isinstance(value, set | list) or not all(isinstance(name, str) for name in value):
+        raise TypeError(f"a {type(value).__name__} where a set of names belongs")
     return set(value)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pickle import UnpicklingError
 from typing import BinaryIO
 
-MAX_INSTRUCTIONS = 5_000_000  # EDM's ImageNet network takes about 50,000
+MAX_INSTRUCTIONS = 500_000  # EDM's ImageNet network takes about 50,000
 
 
 class RefusedGlobal(UnpicklingError):

@@ -20,11 +20,13 @@ from torch import Tensor
 from fastgan.checkpoint.network_file import load_network_file, save_network
 from fastgan.errors import UserError
 from fastgan.files import PART, file_sha256, replacement, sweep, sync
+from fastgan.json_object import parse_object
 
 EMA = "ema.safetensors"
 TRAINING = "training.safetensors"
 META = "meta.json"
 LATEST = "latest"
+_MAX_META_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ def latest_checkpoint(folder: Path) -> Path | None:
     pointer = folder / LATEST
     if not pointer.exists():
         return None
-    name = pointer.read_text(errors="replace")[:64].strip()
-    if not name.isdigit() or not (folder / name).is_dir():
+    name = _head(pointer, 64).decode(errors="replace").strip()
+    if not _is_number(name) or not (folder / name).is_dir():
         raise UserError(f"{pointer} names no checkpoint beside it, the name of one would be right")
     return folder / name
 
@@ -113,7 +115,7 @@ def resumable(folder: Path) -> list[Path]:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Reads what `save_checkpoint` wrote; UserError naming the file that is missing or damaged."""
     try:
-        facts = json.loads((path / META).read_text())
+        facts = _facts(path)
         for name in (EMA, TRAINING):
             if file_sha256(path / name) != facts["sha256"][name]:
                 raise ValueError(f"{name} is not what was written")
@@ -128,7 +130,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             metrics=dict(facts["metrics"]),
             provenance={},
         )
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
             f"damaged checkpoint ({error}), {path}, "
             "another checkpoint's name in `latest` would resume from there"
@@ -151,12 +153,28 @@ def _saved(folder: Path) -> list[Path]:
     """Every checkpoint, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.name.isdigit() and p.is_dir())
+    return sorted(p for p in folder.iterdir() if _is_number(p.name) and p.is_dir())
 
 
 def _metrics(path: Path) -> dict[str, float]:
     try:
-        metrics = json.loads((path / META).read_text())["metrics"]
+        metrics = _facts(path)["metrics"]
         return {name: value for name, value in metrics.items() if math.isfinite(value)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    return parse_object(_head(path / META, _MAX_META_BYTES))
+
+
+def _head(path: Path, most: int) -> bytes:
+    """A file's first `most` bytes; OSError where it is a pipe or a device."""
+    if not path.is_file():
+        raise OSError(f"{path.name} is no file")
+    with path.open("rb") as file:
+        return file.read(most)
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdigit()

@@ -142,5 +142,5 @@ def _index(entries: list[str], labels: np.ndarray | None) -> dict[str, Any]:
 
 def _resampling(source: ImageSource, resolution: int, how: Conversion) -> str:
     if how.transform == "none":
-        return str(source.metadata.get("resampling", "none"))
+        return source.metadata.get("resampling", "none")
     return f"{how.transform} to {resolution} (Pillow {PIL.__version__})"

@@ -5,6 +5,7 @@ The caller describes the file in `where` ("entry 'a.png' of 'x.zip'"), which goe
 
 import io
 import struct
+import warnings
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -13,10 +14,17 @@ from fastgan.errors import UserError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CHANNELS_OF_MODE = {"L": 1, "RGB": 3}
-# Below the 89 million at which Pillow itself starts to warn of decompression bombs.
+# Below the 89 million at which Pillow itself starts to warn of decompression bombs; what is refused
+# here needs no warning besides.
 MAX_PIXELS = 1 << 26
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # Only these decoders ever see the data, whatever it claims to be.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+# A training image; the UNets' own bound on img_resolution.
+MAX_RESOLUTION = 4096
+# A progressive JPEG has about ten, each a pass over all pixels that may be stored in a few bytes.
+MAX_SCANS = 100
+_JPEG_SIGNATURE, _SCAN = b"\xff\xd8", b"\xff\xda"
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -30,6 +38,8 @@ def open_image(data: bytes, where: str) -> Image.Image:
         _check_pixels(width, height, where)
         if depth == 16:
             raise UserError(f"16-bit image, {where}, 8 bits per channel expected")
+    if data.startswith(_JPEG_SIGNATURE) and data.count(_SCAN) > MAX_SCANS:
+        raise UserError(f"JPEG of many scans, {where}, at most {MAX_SCANS} expected")
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError as error:
@@ -74,6 +84,11 @@ def dataset_shape(image: Image.Image, where: str) -> tuple[int, int]:
         raise UserError(
             f"image mode {image.mode}, {where}, "
             "L (grey) or RGB expected: tools/dataset.py convert converts"
+        )
+    if image.width > MAX_RESOLUTION:
+        raise UserError(
+            f"image of {image.width} x {image.height}, {where}, at most {MAX_RESOLUTION} x "
+            f"{MAX_RESOLUTION} expected: tools/dataset.py convert resizes"
         )
     return image.width, CHANNELS_OF_MODE[image.mode]
 

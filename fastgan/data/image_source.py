@@ -3,13 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 
 from fastgan.data.decode import EXTENSIONS
 from fastgan.data.labels import labels_from_index, parse_index
-from fastgan.errors import UserError
+from fastgan.errors import UserError, shown
 
 INDEX_NAME = "dataset.json"
 MAX_ENTRY_BYTES = 1 << 26
@@ -23,7 +22,7 @@ class ImageSource(ABC):
     """Named encoded images in sorted order, of any size and mode, with labels.
 
     `names` uses forward slashes and is never empty; `labels` is int64 [n], float32 [n, label_dim]
-    or None; `metadata` holds the other keys of dataset.json.
+    or None; `metadata` holds the texts under the other keys of dataset.json.
     """
 
     kind: str
@@ -39,7 +38,7 @@ class ImageSource(ABC):
                 f"no images, {self.kind} {path}, files ending in {' '.join(EXTENSIONS)} expected"
             )
         self.labels: np.ndarray | None = None
-        self.metadata: dict[str, Any] = {}
+        self.metadata: dict[str, str] = {}
         if INDEX_NAME in entries:
             self._read_index()
         else:
@@ -62,7 +61,7 @@ class ImageSource(ABC):
         where = self.where(INDEX_NAME)
         index = parse_index(self.read(INDEX_NAME, limit), where)
         self.labels = labels_from_index(index.pop("labels"), self.names, where)
-        self.metadata = index
+        self.metadata = {key: shown(v, 200) for key, v in index.items() if isinstance(v, str)}
 
 
 def is_image_name(name: str) -> bool:

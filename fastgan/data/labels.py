@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastgan.errors import UserError
+from fastgan.errors import UserError, shown
 
 # A bound on label_dim: one absurd label must not make a network of gigabytes.
 MAX_CLASSES = 1 << 20
@@ -84,7 +84,9 @@ def _table(entries: Any, where: str) -> dict[str, Any]:
         if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
             raise UserError(f"'labels' entry {position}, {where}, [name, label] expected")
         if entry[0] in table:
-            raise UserError(f"a second label for {entry[0]!r}, {where}, one per image expected")
+            raise UserError(
+                f"a second label for {shown(repr(entry[0]))}, {where}, one per image expected"
+            )
         table[entry[0]] = entry[1]
     return table
 
@@ -117,5 +119,7 @@ def _is_real(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+    try:
+        return shown(json.dumps(value), 40)
+    except RecursionError:
+        return "of many levels"

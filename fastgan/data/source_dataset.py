@@ -7,7 +7,7 @@ import numpy as np
 
 from fastgan.data.decode import check_header, dataset_shape, decode_image, open_image
 from fastgan.data.folder_source import FolderSource
-from fastgan.data.image_source import ImageSource
+from fastgan.data.image_source import MAX_ENTRY_BYTES, ImageSource
 from fastgan.data.labels import label_dim_of
 from fastgan.data.zip_source import ZipSource
 from fastgan.errors import UserError
@@ -54,7 +54,7 @@ class SourceDataset:
             "resolution": self.resolution,
             "channels": self.channels,
             "resampling": "not recorded",
-            **{key: str(metadata[key]) for key in _RECORDED if key in metadata},
+            **{key: metadata[key] for key in _RECORDED if key in metadata},
             "fingerprint": self._source.fingerprint(),
         }
 
@@ -91,4 +91,4 @@ def read_image(source: ImageSource, name: str, resolution: int, channels: int) -
 
 def entry_limit(resolution: int, channels: int) -> int:
     """Bytes that an image of this size may take: its pixels several times over, plus metadata."""
-    return (1 << 20) + 8 * channels * resolution**2
+    return min((1 << 20) + 8 * channels * resolution**2, MAX_ENTRY_BYTES)

@@ -17,8 +17,9 @@ from fastgan.data.image_source import (
     is_image_name,
     too_large,
 )
-from fastgan.errors import UserError
+from fastgan.errors import UserError, shown
 
+MAX_NAME_LENGTH = 500  # names go into messages
 _ENCRYPTED = 0x1
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
@@ -32,9 +33,11 @@ class ZipSource(ImageSource):
         self.path = path
         self._handle: zipfile.ZipFile | None = None
         self._handle_pid = 0
-        members = [info for info in self._zip().infolist() if not info.is_dir()]
-        _check_members(members, path)
-        super().__init__(path, [info.filename for info in members])
+        members = self._zip().infolist()
+        _check_names(members, path)
+        files = [info for info in members if not info.is_dir()]
+        _check_members(files, path)
+        super().__init__(path, [info.filename for info in files])
 
     def read(self, name: str, limit: int = MAX_ENTRY_BYTES) -> bytes:
         archive = self._zip()
@@ -44,7 +47,7 @@ class ZipSource(ImageSource):
                 return archive.read(name)
         except Exception as error:  # zipfile and zlib raise nearly anything on broken bytes
             raise UserError(
-                f"corrupt entry ({error}), {self.where(name)}, a complete zip expected"
+                f"corrupt entry ({shown(error)}), {self.where(name)}, a complete zip expected"
             ) from error
         raise too_large(size, limit, self.where(name))
 
@@ -66,9 +69,20 @@ class ZipSource(ImageSource):
             try:
                 self._handle = zipfile.ZipFile(self.path)
             except Exception as error:  # as in read
-                raise UserError(f"unreadable zip ({error}), {self.path}, a zip expected") from error
+                raise UserError(
+                    f"unreadable zip ({shown(error)}), {self.path}, a zip expected"
+                ) from error
             self._handle_pid = os.getpid()
         return self._handle
+
+
+def _check_names(members: list[zipfile.ZipInfo], path: Path) -> None:
+    for position, name in enumerate(info.filename for info in members):
+        if not 0 < len(name) <= MAX_NAME_LENGTH:
+            raise UserError(
+                f"name of {len(name)} characters, entry {position} of zip {path}, "
+                f"1 to {MAX_NAME_LENGTH} expected"
+            )
 
 
 def _check_members(members: list[zipfile.ZipInfo], path: Path) -> None:
@@ -90,4 +104,6 @@ def _check_members(members: list[zipfile.ZipInfo], path: Path) -> None:
 
 def _is_inside(name: str) -> bool:
     path = PurePosixPath(name)
-    return not (path.is_absolute() or ".." in path.parts or "\\" in name or ":" in path.parts[0])
+    if not path.parts or path.is_absolute() or ".." in path.parts:
+        return False
+    return "\\" not in name and ":" not in path.parts[0]

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +19,15 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from fastgan.errors import UserError
+from fastgan.errors import UserError, shown
 from fastgan.evaluation.frechet import Statistics, check_gaussian
 from fastgan.files import file_sha256, replace_atomically, require_file
+from fastgan.json_object import parse_object
 
 MAX_DIM = 8192
 _MAX_PROVENANCE = 1 << 20
+# Statistics hardly compress; images, which may be all black, are read piece by piece instead.
+_MAX_RATIO = 100
 _ACCEPTED = "an .npz with mu [D] and sigma [D, D], or with uint8 images arr_0 [N, H, W, C]"
 
 
@@ -58,8 +60,9 @@ def read_statistics(path: str | os.PathLike[str]) -> Statistics:
         provenance = _read_provenance(archive, path)
     check_gaussian(mu, sigma, f"file {path}")
     n = provenance.pop("n", None)
+    known = type(n) is int and 0 < n < 1 << 40
     source = {**provenance, "file": Path(path).name, "sha256": file_sha256(path)}
-    return Statistics(mu, sigma, n if isinstance(n, int) else None, source)
+    return Statistics(mu, sigma, n if known else None, source)
 
 
 def write_statistics(path: str | os.PathLike[str], statistics: Statistics) -> None:
@@ -108,9 +111,12 @@ def _open_npz(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    # RuntimeError: encrypted entries, and compression methods this Python lacks.
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        raise UserError(f"damaged or no .npz ({error}), file {path}, give {_ACCEPTED}") from error
+    except UserError:
+        raise
+    except Exception as error:  # zipfile and zlib raise nearly anything on broken bytes
+        raise UserError(
+            f"damaged or no .npz ({shown(error)}), file {path}, give {_ACCEPTED}"
+        ) from error
 
 
 @contextmanager
@@ -124,7 +130,17 @@ def _open_entry(
     with archive.open(f"{name}.npy") as file:
         header = _read_header(file, where)
         _check_header(header, name, where)
+        if name != "arr_0":
+            _check_ratio(header.nbytes, os.path.getsize(path), where)
         yield file, header
+
+
+def _check_ratio(nbytes: int, file_size: int, where: str) -> None:
+    if nbytes > (1 << 20) + _MAX_RATIO * file_size:
+        raise UserError(
+            f"{nbytes} bytes in a file of {file_size}, {where}, "
+            f"at most {_MAX_RATIO} times as many expected"
+        )
 
 
 def _read_header(file: IO[bytes], where: str) -> _Header:
@@ -154,7 +170,8 @@ def _check_header(header: _Header, name: str, where: str) -> None:
         good = good and not header.fortran
         wanted = f"float64 with 1 to {MAX_DIM} dimensions"
     if not good:
-        raise UserError(f"{header.dtype} array of shape {shape}, {where}, right is {wanted}")
+        found = f"{shown(str(header.dtype))} array of shape {shown(str(shape))}"
+        raise UserError(f"{found}, {where}, right is {wanted}")
 
 
 def _read_floats(
@@ -178,12 +195,9 @@ def _read_provenance(archive: zipfile.ZipFile, path: str | os.PathLike[str]) -> 
     with _open_entry(archive, path, "provenance") as (file, header):
         data = _read_exactly(file, header.nbytes, where)
     try:
-        value = json.loads(str(np.frombuffer(data, header.dtype)[0]))
-    except (ValueError, IndexError, RecursionError) as error:
-        raise UserError(f"no JSON, {where}, remove the entry or write it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"no JSON object, {where}, remove the entry or write it again")
-    return value
+        return parse_object(str(np.frombuffer(data, header.dtype)[0]))
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{error}, {where}, remove the entry or write it again") from error
 
 
 def _read_exactly(file: IO[bytes], size: int, where: str) -> bytes:

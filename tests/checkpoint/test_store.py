@@ -161,3 +161,31 @@ def test_wrong_facts(tmp_path: Path, facts: object) -> None:
         load_checkpoint(path)
     # A neighbour whose facts are damaged does not stop the next checkpoint.
     save(tmp_path, 8)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 100_000, '{"nimg": 1e999, "iteration": 0, "metrics": {}, "sha256": {}}', "[]", '"x"'],
+)
+def test_strange_facts_are_a_damaged_checkpoint(tmp_path: Path, content: str) -> None:
+    path = save(tmp_path, 40)
+    (path / "meta.json").write_text(content)
+    with pytest.raises(UserError, match="damaged checkpoint"):
+        load_checkpoint(path)
+    save(tmp_path, 80)
+
+
+def test_a_pipe_keeps_nobody_waiting(tmp_path: Path) -> None:
+    path = save(tmp_path, 40)
+    (path / "meta.json").unlink()
+    os.mkfifo(path / "meta.json")
+    with pytest.raises(UserError, match=r"meta\.json is no file"):
+        load_checkpoint(path)
+
+
+def test_leftovers_of_killed_saves_go_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".0000000040.part", ".snapshot"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".latest.abcd.part").touch()
+    save(tmp_path, 40)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".snapshot", "0000000040", "latest"]

@@ -82,7 +82,7 @@ def test_images_are_streamed_in_order(tmp_path: Path) -> None:
         ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "entry mu of .* 1 to 8192"),
         ({"mu": np.zeros(9000), "sigma": np.eye(3)}, "entry mu of .* 1 to 8192"),
         ({"mu": np.zeros(1), "sigma": np.eye(1), "provenance": np.array("[1]")}, "no JSON object"),
-        ({"mu": np.zeros(1), "sigma": np.eye(1), "provenance": np.array("{")}, "no JSON"),
+        ({"mu": np.zeros(1), "sigma": np.eye(1), "provenance": np.array("{")}, "malformed JSON"),
         ({"mu": np.zeros(1), "sigma": np.eye(1), "provenance": np.zeros(2)}, "entry provenance"),
     ],
 )
