@@ -32,7 +32,7 @@ def prepare_compiler(cache: str | None, device: torch.device) -> Path:
             ) from error
     if device.type == "cpu" and not any(map(shutil.which, _compilers())):
         raise UserError(
-            "no C++ compiler, on PATH, engine=compiled on the CPU needs g++ or clang++, "
+            "no C++ compiler, on PATH, engine=compiled or fast on the CPU needs g++ or clang++, "
             "engine=plain does not"
         )
     return root

@@ -86,6 +86,18 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def same_everywhere(values: torch.Tensor) -> bool:
+    """Whether all processes hold the same bits in `values`, float64 on their own devices."""
+    if not dist.is_initialized():
+        return True
+    theirs = values.clone()
+    with exchanging():
+        dist.broadcast(theirs, src=0)
+    # As integers: NaN would differ from itself.
+    different = (theirs.view(torch.int64) != values.view(torch.int64)).any().double()
+    return not all_reduce_sum(different)
+
+
 def broadcast_object(value: Any) -> Any:
     """Rank 0's value, on every process (a small picklable object: a path, a status)."""
     if not dist.is_initialized():

@@ -14,7 +14,12 @@ from torch import Tensor
 
 def stream(seed: int, *key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator of its own for (seed, key...), e.g. stream(42, "z", iteration)."""
-    return torch.Generator(device).manual_seed(_mixed(seed, key))
+    return reseed(torch.Generator(device), seed, *key)
+
+
+def reseed(generator: torch.Generator, seed: int, *key: int | str) -> torch.Generator:
+    """Makes a generator draw what `stream` of the same key draws."""
+    return generator.manual_seed(_mixed(seed, key))
 
 
 @contextmanager

@@ -98,12 +98,12 @@ class CompiledStep(PlainStep):
         return [x.to(images.dtype) for x in logits]
 
     def _accumulate_generator(
-        self, z: Tensor, labels: Tensor | None, iteration: int
+        self, z: Tensor, labels: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         # A compiled backward computes every gradient that is asked for by requires_grad, whatever
         # `inputs=` says: in G's phase D must not ask.
         self.discriminator.requires_grad_(False)
         try:
-            return super()._accumulate_generator(z, labels, iteration)
+            return super()._accumulate_generator(z, labels)
         finally:
             self.discriminator.requires_grad_(True)

@@ -12,7 +12,14 @@ from fastgan.noise import global_stream, normal, stream
 from fastgan.training import losses
 from fastgan.training.ema import ema_beta, update_ema
 from fastgan.training.rounds import rounds, take
-from fastgan.training.state import StepResult, load_trainable, part_of, prefixed, trainable
+from fastgan.training.state import (
+    StepResult,
+    checksum,
+    load_trainable,
+    part_of,
+    prefixed,
+    trainable,
+)
 from fastgan.training.updater import Updater
 
 
@@ -62,9 +69,10 @@ class EdmStep:
                 loss = losses.edm_loss(denoised, reals[part], sigma[part]).sum() / len(reals)
                 loss.backward()
                 total += loss.detach()
-        skipped = {"G": self.update(nimg, total)}
+        self.update.follow(nimg)
+        skipped = {"G": self.update(total)}
         beta = ema_beta(s.batch, nimg, half_life=s.ema_half_life, ramp=s.ema_ramp)
-        update_ema(self.average, self.network, beta)
+        update_ema(self.average, self.network, total.new_full((), beta))
         return StepResult({"Loss/denoising": total}, skipped)
 
     def state(self) -> dict[str, Tensor]:
@@ -82,6 +90,10 @@ class EdmStep:
     def blamed(self) -> dict[str, list[str]]:
         """The parameters whose gradients were not finite when an update was last left out."""
         return {"generator": self.update.blamed()}
+
+    def checksum(self) -> Tensor:
+        """float64, of all that trains: the same bits in all processes."""
+        return checksum(trainable(self.network))
 
     def _draw(self, reals: Tensor, iteration: int) -> tuple[Tensor, Tensor]:
         """This process's slice of the whole batch's noise levels [local] and noise."""

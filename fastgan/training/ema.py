@@ -4,7 +4,7 @@ import copy
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -28,11 +28,18 @@ def averaged_copy(network: Module) -> Module:
 
 
 @torch.no_grad()
-def update_ema(average: nn.Module, network: nn.Module, beta: float) -> None:
-    """average <- beta average + (1 - beta) network, over the parameters that train."""
+def update_ema(average: nn.Module, network: nn.Module, beta: Tensor) -> None:
+    """average <- network + beta (average - network), over the parameters that train.
+
+    `beta` is a scalar tensor in their dtype, beside them: a captured graph reads its value anew.
+    """
     pairs = [
         (a, p)
         for a, p in zip(average.parameters(), network.parameters(), strict=True)
         if p.requires_grad
     ]
-    torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - beta)
+    averages: list[Tensor] = [a for a, _ in pairs]
+    parameters: list[Tensor] = [p for _, p in pairs]
+    torch._foreach_sub_(averages, parameters)
+    torch._foreach_mul_(averages, beta)
+    torch._foreach_add_(averages, parameters)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgan.checkpoint.store import Checkpoint
 from fastgan.checkpoint.writer import CheckpointWriter
-from fastgan.distributed import World, all_reduce_sum, barrier
+from fastgan.distributed import World, all_reduce_sum, barrier, same_everywhere
 from fastgan.errors import UserError
 from fastgan.files import sweep
 from fastgan.models import Precond
@@ -35,6 +35,8 @@ class Step(Protocol):
     def load_state(self, state: dict[str, Tensor]) -> None: ...
 
     def blamed(self) -> dict[str, list[str]]: ...
+
+    def checksum(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,11 @@ def run_loop(
             raise Diverged(
                 f"loss or gradients not finite in {skips.longest()} iterations in a row, "
                 f"at {nimg} images, {run_dir / 'diverged'} holds the state and names them"
+            )
+        if not same_everywhere(step.checksum()):
+            raise UserError(
+                f"processes hold different parameters, at {nimg} images, a GPU or a connection "
+                "between them may compute wrong; an earlier checkpoint may be right"
             )
         writer.check()
 

@@ -35,6 +35,15 @@ def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
 
 
+def checksum(*parameters: Mapping[str, nn.Parameter]) -> Tensor:
+    """float64 [networks]: the norms of each network's parameters, added up.
+
+    Other bits anywhere almost always change a bit of it.
+    """
+    norms = [torch._foreach_norm([p.detach() for p in each.values()]) for each in parameters]
+    return torch.stack([torch.stack(list(each)).double().sum() for each in norms])
+
+
 @torch.no_grad()
 def load_trainable(module: nn.Module, saved: Mapping[str, Tensor], what: str) -> None:
     """Copies saved values into the trainable parameters; UserError where the sets differ."""

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from fastgan.discriminator.base import Discriminator
 from fastgan.distributed import World
 from fastgan.models import Precond
-from fastgan.noise import normal, stream
+from fastgan.noise import normal, reseed
 from fastgan.sampling import few_step
 from fastgan.training import losses
 from fastgan.training.ema import ema_beta, update_ema
 from fastgan.training.rounds import rounds, take
 from fastgan.training.state import (
     StepResult,
+    checksum,
     load_trainable,
     part_of,
     prefixed,
@@ -99,6 +100,13 @@ class PlainStep:
         self.update_d = adam(
             trainable(discriminator.heads), lr=s.lr_d * lazy, betas=(0.0, 0.99**lazy)
         )
+        parameter = self.update_g.parameters[0]
+        self._beta = parameter.new_zeros(())
+        self._streams = {
+            (kind, purpose): torch.Generator(parameter.device)
+            for kind in ("z", "augment")
+            for purpose in ("G", "D")
+        }
 
     def run(self, reals: Tensor, labels: Tensor | None, iteration: int) -> StepResult:
         """One iteration on this process's real images [local, C, H, W] in [-1, 1].
@@ -106,30 +114,46 @@ class PlainStep:
         `labels` are one-hot [local, label_dim] or None; fakes get the labels of the reals beside
         them. `iteration` counts from 0 and decides noise, augmentation, R1 and EMA.
         """
+        self._set(iteration)
+        return self._iterate(reals, labels, r1=self._has_r1(iteration))
+
+    def _set(self, iteration: int) -> None:
+        """Puts everything that depends on the iteration's number where `_iterate` reads it."""
         s = self.settings
         nimg = iteration * s.batch
+        for (kind, purpose), generator in self._streams.items():
+            own = (self.world.rank,) if kind == "augment" else ()
+            reseed(generator, s.seed, kind, purpose, iteration, *own)
+        self.update_g.follow(nimg)
+        self.update_d.follow(nimg)
+        self._beta.fill_(ema_beta(s.batch, nimg, half_life=s.ema_half_life, ramp=s.ema_ramp))
 
+    def _has_r1(self, iteration: int) -> bool:
+        interval = self.settings.r1_interval
+        return bool(interval) and iteration % interval == 0 and iteration > 0
+
+    def _iterate(self, reals: Tensor, labels: Tensor | None, *, r1: bool) -> StepResult:
+        """The iteration that was `_set`: the same operations every time, with or without R1."""
         # Generator: -log D(G z) through D, whose parameters stand still.
-        z = self._latents(reals, iteration, "G")
-        loss_g, fakes = self._accumulate_generator(z, labels, iteration)
-        skipped = {"G": self.update_g(nimg, loss_g)}
+        z = self._latents(reals, "G")
+        loss_g, fakes = self._accumulate_generator(z, labels)
+        skipped = {"G": self.update_g(loss_g)}
 
         # Discriminator: by default on fresh fakes of the generator just updated.
-        if not s.share_fakes:
-            z = self._latents(reals, iteration, "D")
+        if not self.settings.share_fakes:
+            z = self._latents(reals, "D")
             fakes = self._generate_without_graph(z, labels)
-        scalars = self._accumulate_discriminator(reals, fakes, labels, iteration)
+        scalars = self._accumulate_discriminator(reals, fakes, labels)
         if len(reals) > 1:
             scalars["Loss/diversity"] = losses.diversity(torch.cat(fakes), reals)
-        skipped["D"] = self.update_d(nimg, scalars["Loss/D"])
+        skipped["D"] = self.update_d(scalars["Loss/D"])
 
         # Lazy R1: a step of its own with D's optimiser, on the same reals without augmentation.
-        if s.r1_interval and iteration % s.r1_interval == 0 and iteration > 0:
+        if r1:
             scalars["Loss/R1"] = self._accumulate_r1(reals, labels)
-            skipped["R1"] = self.update_d(nimg, scalars["Loss/R1"])
+            skipped["R1"] = self.update_d(scalars["Loss/R1"])
 
-        beta = ema_beta(s.batch, nimg, half_life=s.ema_half_life, ramp=s.ema_ramp)
-        update_ema(self.average, self.generator, beta)
+        update_ema(self.average, self.generator, self._beta)
         return StepResult({"Loss/G": loss_g, **scalars}, skipped)
 
     def state(self) -> dict[str, Tensor]:
@@ -152,10 +176,14 @@ class PlainStep:
         """The parameters whose gradients were not finite when an update was last left out."""
         return {"generator": self.update_g.blamed(), "discriminator": self.update_d.blamed()}
 
+    def checksum(self) -> Tensor:
+        """float64, of all that trains: the same bits in all processes."""
+        return checksum(trainable(self.generator), trainable(self.discriminator.heads))
+
     def _accumulate_generator(
-        self, z: Tensor, labels: Tensor | None, iteration: int
+        self, z: Tensor, labels: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
-        augment = self._augmentation("G", iteration, z.device)
+        augment = self._streams["augment", "G"]
         total, fakes = z.new_zeros(()), []
         for part in rounds(len(z), self.settings.batch_gpu):
             fake = self._generate(z[part], take(labels, part))
@@ -167,10 +195,10 @@ class PlainStep:
         return total / len(z), fakes
 
     def _accumulate_discriminator(
-        self, reals: Tensor, fakes: list[Tensor], labels: Tensor | None, iteration: int
+        self, reals: Tensor, fakes: list[Tensor], labels: Tensor | None
     ) -> dict[str, Tensor]:
         """Leaves D's gradients; returns its loss and the mean signs of its logits."""
-        augment = self._augmentation("D", iteration, reals.device)
+        augment = self._streams["augment", "D"]
         totals = reals.new_zeros(3)
         for part, fake in zip(rounds(len(reals), self.settings.batch_gpu), fakes, strict=True):
             # Two passes: the heads' BatchNorm must not mix the statistics of fakes and reals.
@@ -244,15 +272,11 @@ class PlainStep:
             return loss.sum()
         return loss.sum() / (self.settings.batch // self.world.size)
 
-    def _latents(self, like: Tensor, iteration: int, purpose: str) -> Tensor:
+    def _latents(self, like: Tensor, purpose: str) -> Tensor:
         """This process's slice of the whole batch's noise."""
-        generator = stream(self.settings.seed, "z", purpose, iteration, device=like.device)
-        z = normal(generator, self.settings.batch, *like.shape[1:], dtype=like.dtype)
+        shape = (self.settings.batch, *like.shape[1:])
+        z = normal(self._streams["z", purpose], *shape, dtype=like.dtype)
         return z.chunk(self.world.size)[self.world.rank]
-
-    def _augmentation(self, purpose: str, iteration: int, device: torch.device) -> torch.Generator:
-        key = ("augment", purpose, iteration, self.world.rank)
-        return stream(self.settings.seed, *key, device=device)
 
 
 def _backward(loss: Tensor, parameters: list[nn.Parameter]) -> None:

@@ -35,13 +35,23 @@ class Updater:
         adam: Adam = "torch",
     ) -> None:
         self.names, self.parameters = list(parameters), list(parameters.values())
-        create = _adam_class(adam)
-        self.optimizer = create(self.parameters, lr=lr, betas=betas, eps=1e-8)
         self.world, self.lr, self.nonfinite, self.adam = world, lr, nonfinite, adam
         self.lr_factor = lr_factor or (lambda nimg: 1.0)
-        self._blamed: Tensor | None = None
+        create, device = _adam_class(adam), self.parameters[0].device
+        rate = lr if adam == "apex" else _learning_rate(lr, device)
+        self.optimizer = create(self.parameters, lr=rate, betas=betas, eps=1e-8)
+        self._blamed = torch.zeros(len(self.parameters), dtype=torch.bool, device=device)
 
-    def __call__(self, nimg: int, loss: Tensor) -> Tensor:
+    def follow(self, nimg: int) -> None:
+        """Sets the learning rate for an update of `nimg` images."""
+        rate = self.lr * self.lr_factor(nimg)
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def __call__(self, loss: Tensor) -> Tensor:
         """Averages, checks, steps, clears; 1 where something not finite stopped the update, or 0.
 
         `loss` is the objective that the gradients belong to, a scalar; the answer is one too, on
@@ -51,8 +61,6 @@ class Updater:
         loss = loss.detach().clone()
         average_over_processes([*gradients, loss], self.world)
         skipped = self._check(gradients, loss)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * self.lr_factor(nimg)
         if self.adam == "torch":
             self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
             self.optimizer.step()
@@ -63,8 +71,6 @@ class Updater:
 
     def blamed(self) -> list[str]:
         """The parameters whose gradients were not finite when an update was last left out."""
-        if self._blamed is None:
-            return []
         return [name for name, bad in zip(self.names, self._blamed.tolist(), strict=True) if bad]
 
     def _check(self, gradients: list[Tensor], loss: Tensor) -> Tensor:
@@ -79,8 +85,7 @@ class Updater:
         bad = ~torch.stack(of_all).isfinite()
         skipped = bad.any() | ~loss.isfinite()
         # Kept on the device until somebody asks.
-        before = torch.zeros_like(bad) if self._blamed is None else self._blamed
-        self._blamed = torch.where(skipped, bad, before)
+        self._blamed.copy_(torch.where(skipped, bad, self._blamed))
         return skipped.float()
 
     def state(self) -> dict[str, Tensor]:
@@ -112,13 +117,19 @@ class Updater:
 def _adam_class(adam: Adam) -> Callable[..., torch.optim.Optimizer]:
     if adam == "torch":
         # Fused: the one that can leave an update out by itself (`found_inf`).
-        return partial(torch.optim.Adam, fused=True)
+        return partial(torch.optim.Adam, fused=True, capturable=True)
     found = fused_adam()
     if found is None:
         raise UserError(
             "optim.adam=apex, but NVIDIA's apex is not installed here, optim.adam=torch would do"
         )
     return found
+
+
+def _learning_rate(value: float, device: torch.device) -> Tensor:
+    """As a tensor, which a captured graph reads anew; CUDA's kernel takes float32 only."""
+    dtype = torch.float32 if device.type == "cuda" else torch.float64
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def average_over_processes(tensors: list[Tensor], world: World) -> None:

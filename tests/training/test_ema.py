@@ -34,7 +34,7 @@ def test_after_one_half_life_half_of_the_old_is_left(tiny_network: Precond) -> N
         for parameter in tiny_network.parameters():
             parameter.fill_(5.0)
     for _ in range(4):
-        update_ema(average, tiny_network, ema_beta(25, 0, half_life=100, ramp=None))
+        update_ema(average, tiny_network, torch.tensor(ema_beta(25, 0, half_life=100, ramp=None)))
     for parameter in average.parameters():
         torch.testing.assert_close(parameter, torch.full_like(parameter, 3.0))
 
@@ -44,7 +44,7 @@ def test_the_first_update_copies_bitwise(tiny_network: Precond) -> None:
     with torch.no_grad():
         for parameter in tiny_network.parameters():
             parameter.normal_()
-    update_ema(average, tiny_network, 0.0)
+    update_ema(average, tiny_network, torch.tensor(0.0))
     for a, p in zip(average.parameters(), tiny_network.parameters(), strict=True):
         assert torch.equal(a, p)
 
@@ -78,7 +78,7 @@ def test_frozen_parameters_are_left_alone(tiny_network: Precond) -> None:
     with torch.no_grad():
         for parameter in trainable(tiny_network).values():
             parameter.add_(1.0)
-    update_ema(average, tiny_network, 0.75)
+    update_ema(average, tiny_network, torch.tensor(0.75))
     for name, parameter in average.named_parameters():
         moved = 0.25 if name in trainable(tiny_network) else 0.0
         torch.testing.assert_close(parameter, before[name] + moved)

@@ -70,6 +70,9 @@ class Counting:
     def blamed(self) -> dict[str, list[str]]:
         return {"generator": ["conv.weight"], "discriminator": []}
 
+    def checksum(self) -> torch.Tensor:
+        return torch.zeros(1, dtype=torch.float64)
+
 
 def train(
     step: Any, run_dir: Path, total: int, *, tick: int = 8, snapshot: int = 16, keep: int = 2, **how

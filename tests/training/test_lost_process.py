@@ -1,4 +1,4 @@
-"""A process that dies or hangs ends the others in bounded time, with a line that says so."""
+"""A process that dies, hangs or drifts ends the run in bounded time, and says so."""
 
 import json
 import os
@@ -22,7 +22,7 @@ PATIENCE = 5.0
 
 
 def worker() -> None:
-    """Trains; in iteration 3 the second process dies, or waits for much longer than PATIENCE."""
+    """Trains; in iteration 3 the second process dies, waits too long, or changes a parameter."""
     torch.set_num_threads(1)
     how, run_dir = sys.argv[1], Path(sys.argv[2])
     world = distributed.init("cpu", PATIENCE)
@@ -32,8 +32,10 @@ def worker() -> None:
         if (world.rank, iteration) == (1, 3):
             if how == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(3 * PATIENCE)
-            os._exit(7)
+            if how == "hang":
+                time.sleep(3 * PATIENCE)
+                os._exit(7)
+            step.update_g.parameters[-1].data += 1e-12
         return reals(iteration).chunk(2)[world.rank], None
 
     def train() -> None:
@@ -67,3 +69,12 @@ def test_the_others_end_and_say_so(how: str, status: int, most: float, tmp_path:
     assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "0000000008"
     ticked = json.loads((tmp_path / "stats.jsonl").read_text().splitlines()[-1])["timestamp"]
     assert (tmp_path / "state.json").stat().st_mtime - ticked < most
+
+
+def test_processes_that_drift_apart_end(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    errors = two_processes(_WORKER, "drift", str(tmp_path), timeout=60, expected=1)
+    for said in errors:
+        line = said.splitlines()[-1]
+        assert line.startswith("error: processes hold different parameters, at 16 images")
+    assert json.loads((tmp_path / "state.json").read_text())["status"] == "failed"

@@ -210,13 +210,13 @@ def test_frozen_parameters_are_shared_unoptimised_and_untouched() -> None:
 
 def test_no_gradients_are_left_and_none_reach_the_other_network() -> None:
     step = gan_step(d := watched())
-    step._accumulate_generator(noise("G", 0), None, 0)
+    step._accumulate_generator(noise("G", 0), None)
     assert all(p.grad is None for p in d.parameters())
     assert all(p.grad is not None for p in trainable(step.generator).values())
-    step.update_g(0, torch.zeros(()))
-    step._accumulate_discriminator(reals(0), [reals(1)], None, 0)
+    step.update_g(torch.zeros(()))
+    step._accumulate_discriminator(reals(0), [reals(1)], None)
     assert all(p.grad is not None for p in d.parameters())
-    step.update_d(0, torch.zeros(()))
+    step.update_d(torch.zeros(()))
     for module in (step.generator, d):
         assert all(p.grad is None for p in module.parameters())
 

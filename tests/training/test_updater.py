@@ -27,7 +27,7 @@ def give_gradients(update: Updater, value: float) -> None:
 def test_one_step_of_adam_moves_by_the_learning_rate_and_clears() -> None:
     update = updater()
     give_gradients(update, 3.0)
-    assert update(0, LOSS) == 0
+    assert update(LOSS) == 0
     for parameter in update.parameters:
         torch.testing.assert_close(parameter.data, torch.full((2,), 0.9))
         assert parameter.grad is None
@@ -37,12 +37,12 @@ def test_one_step_of_adam_moves_by_the_learning_rate_and_clears() -> None:
 def test_skip_touches_neither_parameters_nor_moments(bad: float) -> None:
     update = updater()
     give_gradients(update, 1.0)
-    update(0, LOSS)
+    update(LOSS)
     before = [p.detach().clone() for p in update.parameters]
     state = {n: t.clone() for n, t in update.state().items()}
     give_gradients(update, 1.0)
     update.parameters[1].grad[0] = bad
-    assert update(0, LOSS) == 1 and update.blamed() == ["b"]
+    assert update(LOSS) == 1 and update.blamed() == ["b"]
     for old, parameter in zip(before, update.parameters, strict=True):
         assert torch.equal(old, parameter) and parameter.grad is None
     assert all(torch.equal(state[n], t) for n, t in update.state().items())
@@ -52,7 +52,7 @@ def test_a_loss_that_is_not_finite_stops_the_update() -> None:
     """An infinite loss can have finite gradients: softplus saturates."""
     update = updater()
     give_gradients(update, 1.0)
-    assert update(0, torch.tensor(math.inf)) == 1 and update.blamed() == []
+    assert update(torch.tensor(math.inf)) == 1 and update.blamed() == []
     assert torch.equal(update.parameters[0], torch.ones(2))
 
 
@@ -61,7 +61,7 @@ def test_who_is_blamed_is_remembered() -> None:
     for bad in (math.nan, 1.0):
         give_gradients(update, 1.0)
         update.parameters[0].grad[1] = bad
-        update(0, LOSS)
+        update(LOSS)
     assert update.blamed() == ["a"]
 
 
@@ -70,7 +70,7 @@ def test_published_repairs_and_goes_on() -> None:
     parameter = nn.Parameter(torch.zeros(4))
     update = Updater({"p": parameter}, ALONE, lr=0.5, betas=(0.0, 0.99), nonfinite="published")
     parameter.grad = torch.tensor([math.nan, math.inf, -math.inf, 2.0])
-    assert update(0, torch.tensor(math.nan)) == 0
+    assert update(torch.tensor(math.nan)) == 0
     torch.testing.assert_close(parameter.data, torch.tensor([0.0, -0.5, 0.5, -0.5]))
     squares = update.state()["p/exp_avg_sq"]
     torch.testing.assert_close(squares, 0.01 * torch.tensor([0.0, 1e10, 1e10, 4.0]))
@@ -79,7 +79,8 @@ def test_published_repairs_and_goes_on() -> None:
 def test_learning_rate_follows_the_images() -> None:
     update = updater(lr_factor=lambda nimg: 0.5 if nimg >= 100 else 1.0)
     give_gradients(update, 1.0)
-    update(100, LOSS)
+    update.follow(100)
+    update(LOSS)
     torch.testing.assert_close(update.parameters[0].data, torch.full((2,), 0.95))
 
 
@@ -93,13 +94,13 @@ def test_state_makes_a_second_updater_continue_bitwise() -> None:
     first, second = updater(), updater()
     for value in (1.0, -2.0):
         give_gradients(first, value)
-        first(0, LOSS)
+        first(LOSS)
     second.load_state({n: t.clone() for n, t in first.state().items()})
     for mine, theirs in zip(second.parameters, first.parameters, strict=True):
         mine.data.copy_(theirs.data)
     for update in (first, second):
         give_gradients(update, 0.5)
-        update(0, LOSS)
+        update(LOSS)
     assert torch.equal(first.parameters[0], second.parameters[0])
     assert all(torch.equal(t, second.state()[n]) for n, t in first.state().items())
 
@@ -133,7 +134,7 @@ def test_apex_is_taken_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) ->
     for k in range(4):
         for update in (ours, theirs):
             give_gradients(update, 1.0 + k)
-            update(0, LOSS)
+            update(LOSS)
         if k == 1:
             state = {name: value.clone() for name, value in ours.state().items()}
             resumed.load_state(state)
@@ -141,7 +142,7 @@ def test_apex_is_taken_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) ->
                 mine.data.copy_(yours.data)
         if k > 1:
             give_gradients(resumed, 1.0 + k)
-            resumed(0, LOSS)
+            resumed(LOSS)
     for a, b, c in zip(ours.parameters, theirs.parameters, resumed.parameters, strict=True):
         torch.testing.assert_close(a, b)
         assert torch.equal(a, c)
