@@ -83,7 +83,8 @@ def _measured(config: cfg.TrainConfig, request: Request, device: torch.device) -
     profiles = {"step": _profiled(live, plain, device, request.out / "trace.json.gz")}
     if request.r1:
         r1 = count(interval, interval)
-        live.run(next(r1))
+        for _ in range(live.step.settling):
+            live.run(next(r1))
         profiles["r1"] = _profiled(live, r1, device, request.out / "trace-r1.json.gz")
     flop = _flop_per_image(config)
     arithmetic = {
@@ -99,7 +100,7 @@ def _clocked(
 ) -> dict[str, Any]:
     """Seconds of the first and of `iterations` later steps, and the memory that these need."""
     first = _seconds(lambda: live.run(next(numbers)), device)
-    for _ in range(request.warmup - 1):
+    for _ in range(max(request.warmup, live.step.settling) - 1):
         live.run(next(numbers))
     on_gpu = device.type == "cuda"
     if on_gpu:

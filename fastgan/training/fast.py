@@ -13,7 +13,7 @@ from fastgan.discriminator.base import Discriminator
 from fastgan.distributed import World
 from fastgan.models import Precond
 from fastgan.training.compiled import CompiledStep
-from fastgan.training.replay import CudaGraph, Graph, Replayed
+from fastgan.training.replay import WARMUP, CudaGraph, Graph, Replayed
 from fastgan.training.state import StepResult
 from fastgan.training.step import StepSettings
 
@@ -23,6 +23,8 @@ class FastStep(CompiledStep):
 
     `graphs`: whether they are. `fold`: whether the backbones' BatchNorm is folded.
     """
+
+    settling = WARMUP + 1
 
     def __init__(
         self,

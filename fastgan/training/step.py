@@ -73,7 +73,12 @@ class StepSettings:
 
 
 class PlainStep:
-    """Holds the networks and optimisers that one iteration updates, and runs it."""
+    """Holds the networks and optimisers that one iteration updates, and runs it.
+
+    `settling`: how many iterations of a kind (with or without R1) prepare something for the next.
+    """
+
+    settling = 1
 
     def __init__(
         self,

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from fastgan.training.fast import FastStep
+from fastgan.training.replay import Graph
 from fastgan.training.state import StepResult
 
 _READS = {
@@ -67,3 +69,18 @@ def _refill(out: Any, again: Any) -> None:
     for old, new in zip(tree_flatten(out)[0], tree_flatten(again)[0], strict=True):
         if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
             old.copy_(new)
+
+
+class TapedStep(FastStep):
+    """A FastStep recorded on tapes: uncompiled, since a tape does not see into compiled code."""
+
+    def _can_record(self) -> bool:
+        return True
+
+    def _make_graph(self) -> Graph:
+        tape = Tape()
+        self.tapes = [*getattr(self, "tapes", []), tape]
+        return tape
+
+    def _compile(self, function: Any) -> Any:
+        return function

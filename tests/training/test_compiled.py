@@ -1,4 +1,7 @@
-"""engine=compiled against the plain step: twenty iterations, forward, gradients, updates, R1."""
+"""engine=compiled and engine=fast against the plain step: twenty iterations, R1 among them.
+
+On the CPU; what a GPU records and replays is in test_fast.py.
+"""
 
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from fastgan.discriminator.projected import ProjectedDiscriminator
 from fastgan.models import Precond
 from fastgan.training.compiled import CompiledStep
 from fastgan.training.ema import averaged_copy
+from fastgan.training.fast import FastStep
 from fastgan.training.step import PlainStep
 from tests.training.toys import (
     ALONE,
@@ -39,11 +43,13 @@ def make(
     return kind(network, average, discriminator, settings(**changes), ALONE)
 
 
-def pair(dtype: torch.dtype, label_dim: int, **changes: object) -> tuple[PlainStep, PlainStep]:
+def pair(
+    faster: type[CompiledStep], dtype: torch.dtype, label_dim: int, **changes: object
+) -> tuple[PlainStep, PlainStep]:
     networks = [generator(label_dim=label_dim, dtype=dtype) for _ in range(2)]
     plain, compiled = (
         make(kind, diffusion_heads(network, ("color",)), network, **changes)
-        for kind, network in zip((PlainStep, CompiledStep), networks, strict=True)
+        for kind, network in zip((PlainStep, faster), networks, strict=True)
     )
     return plain, compiled
 
@@ -60,12 +66,17 @@ def largest_difference(a: PlainStep, b: PlainStep, label_dim: int, dtype: torch.
 
 
 @pytest.mark.parametrize(
-    ("dtype", "losses"),
-    [(torch.float64, 1e-10), pytest.param(torch.float32, 1e-4, marks=pytest.mark.slow)],
+    ("kind", "dtype", "losses"),
+    [
+        (CompiledStep, torch.float64, 1e-10),
+        pytest.param(CompiledStep, torch.float32, 1e-4, marks=pytest.mark.slow),
+        pytest.param(FastStep, torch.float64, 1e-10, marks=pytest.mark.slow),
+    ],
 )
-def test_equals_the_plain_step(dtype: torch.dtype, losses: float) -> None:
+@pytest.mark.timeout(900)
+def test_equals_the_plain_step(kind: type[CompiledStep], dtype: torch.dtype, losses: float) -> None:
     counters.clear()
-    plain, compiled = pair(dtype, label_dim=3)
+    plain, compiled = pair(kind, dtype, label_dim=3)
     frozen = {n: p.clone() for n, p in compiled.generator.named_parameters() if not p.requires_grad}
     assert largest_difference(plain, compiled, 3, dtype) < losses
     assert_same(everything(plain), everything(compiled), atol=1e-6 if dtype.itemsize == 8 else 1e-4)

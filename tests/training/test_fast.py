@@ -10,11 +10,10 @@ from torch import Tensor
 from fastgan.discriminator.base import Discriminator
 from fastgan.errors import UserError
 from fastgan.training.ema import averaged_copy
-from fastgan.training.fast import FastStep
-from fastgan.training.replay import WARMUP, Graph, Replayed
+from fastgan.training.replay import WARMUP, Replayed
 from fastgan.training.state import StepResult
 from fastgan.training.step import PlainStep
-from tests.training.tape import Tape
+from tests.training.tape import Tape, TapedStep
 from tests.training.toys import (
     ALONE,
     assert_same,
@@ -25,21 +24,6 @@ from tests.training.toys import (
     reals,
     settings,
 )
-
-
-class TapedStep(FastStep):
-    """A FastStep recorded on tapes: uncompiled, since a tape does not see into compiled code."""
-
-    def _can_record(self) -> bool:
-        return True
-
-    def _make_graph(self) -> Graph:
-        tape = Tape()
-        self.tapes = [*getattr(self, "tapes", []), tape]
-        return tape
-
-    def _compile(self, function: Any) -> Any:
-        return function
 
 
 def make(

@@ -4,21 +4,28 @@ import pytest
 import torch
 
 from fastgan.training.ema import averaged_copy
+from fastgan.training.replay import WARMUP
 from fastgan.training.step import PlainStep
 from kernels import dispatch, runtime
+from tests.training.tape import TapedStep
 from tests.training.toys import ALONE, diffusion_heads, generator, reals, settings
 
 
-def losses(monkeypatch: pytest.MonkeyPatch, setting: str) -> tuple[list[float], PlainStep]:
-    """Of three iterations, R1 in the last two, against heads on a frozen copy of the network."""
+def losses(
+    monkeypatch: pytest.MonkeyPatch,
+    setting: str,
+    kind: type[PlainStep] = PlainStep,
+    iterations: int = 3,
+) -> tuple[list[float], PlainStep]:
+    """R1 in all iterations but the first; the heads read a frozen copy of the network."""
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
     monkeypatch.setattr(dispatch, "_configured", setting)
     network = generator(dtype=torch.float32)
-    step = PlainStep(
+    step = kind(
         network, averaged_copy(network), diffusion_heads(network), settings(r1_interval=1), ALONE
     )
     found: list[float] = []
-    for iteration in range(3):
+    for iteration in range(iterations):
         result = step.run(reals(iteration, dtype=torch.float32), None, iteration)
         assert not any(result.skipped.values())
         found += [float(value) for value in result.scalars.values()]
@@ -34,3 +41,14 @@ def test_losses_equal_those_of_the_definitions(monkeypatch: pytest.MonkeyPatch) 
     frozen = {n: p for n, p in step.generator.named_parameters() if not p.requires_grad}
     assert len(frozen) > 10
     assert all(torch.equal(p, before[n]) for n, p in frozen.items())
+
+
+@pytest.mark.skipif(not runtime.INTERPRETED, reason="the toy networks live on the CPU")
+def test_recorded_kernels_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Iterations 4 and 5 are the recording, which is its own first replay, and a replay."""
+    iterations = WARMUP + 3
+    plain, _ = losses(monkeypatch, "reference", iterations=iterations)
+    ours, step = losses(monkeypatch, "triton", TapedStep, iterations)
+    assert ours == pytest.approx(plain, rel=1e-4) and len(ours) == 5 + 6 * (iterations - 1)
+    recorded = {str(operator) for tape in step.tapes for operator, *_ in tape.operations}
+    assert any("frozen_unet_block" in name for name in recorded), recorded

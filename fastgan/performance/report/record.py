@@ -17,15 +17,16 @@ def numbers(report: Content) -> dict[str, dict[str, float]]:
     """Per part its measured numbers by the `id` that a row of benchmarks/targets.json would have.
 
     rates: its own keys that are one number each (copy_bandwidth, conv_dgrad_efficiency ...).
-    steps: EXPERIMENT_VARIANT_QUANTITY, quantities img_s, mfu, iteration_ms, peak_gb,
-    vs_plain_published and vs_compiled_bf16 (how many times the baseline's images per second);
-    variants with _ for -.
+    steps: EXPERIMENT_VARIANT_QUANTITY, quantities img_s, mfu, iteration_ms, peak_gb, vs_BASELINE
+    (how many times the baseline's images per second) and kept_vs_compiled_bf16 (bytes per image
+    that G keeps for backward, relative to the compiled engine's); with _ for -.
     """
     rates = {k: v for k, v in report.get("rates", {}).items() if isinstance(v, float)}
     steps: dict[str, float] = {}
     for experiment, content in report.get("steps", {}).get("experiments", {}).items():
         for variant, found in content["variants"].items():
             values = _step_numbers(found) | _ratios(content["ratios"], variant)
+            values |= _kept(found, content["variants"].get("compiled-bf16", {}))
             prefix = f"{experiment}_{variant}".replace("-", "_")
             steps |= {f"{prefix}_{k}": v for k, v in values.items() if v is not None}
     return {"rates": rates, "steps": steps}
@@ -57,6 +58,11 @@ def _step_numbers(found: Content) -> dict[str, float | None]:
         "iteration_ms": found["iteration_ms"]["median"],
         "peak_gb": None if peak is None else peak["allocated"] / 1e9,
     }
+
+
+def _kept(found: Content, compiled: Content) -> dict[str, float | None]:
+    ours, theirs = ((each.get("facts") or {}).get("generator_kept") for each in (found, compiled))
+    return {"kept_vs_compiled_bf16": ours / theirs if ours and theirs else None}
 
 
 def _ratios(ratios: Content, variant: str) -> dict[str, float]:

@@ -18,7 +18,7 @@ from fastgan.performance.report.timing import DEVICE, ON_GPU, launches, seconds
 from fastgan.performance.tiny import tiny_overrides
 from kernels import dispatch
 
-BASELINES = ("plain-published", "compiled-bf16")
+BASELINES = ("plain-published", "compiled-bf16", "fast-bf16")
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def build(config: cfg.TrainConfig) -> tuple[Running, Content]:
     live = live_step(config, DEVICE)
     built = seconds()
     running = Running(live, {})
-    interval = running.interval
-    assert interval > 5, "the iterations below must not be R1's"
+    interval, settling = running.interval, live.step.settling
+    assert interval > settling + 2, "the iterations below must not be R1's"
     running.run(1)
     first = seconds()
     running.run(interval)
@@ -137,9 +137,13 @@ def build(config: cfg.TrainConfig) -> tuple[Running, Content]:
         "first_step_seconds": first - built,
         "first_r1_seconds": seconds() - first,
     }
-    facts["peak"] = _peak(running, 2, before)
-    facts["peak_r1"] = _peak(running, 2 * interval, before)
-    facts["launches"] = launches(lambda: running.run(3))
+    for number in range(2, settling + 1):
+        running.run(number)
+        running.run(number * interval)
+    facts["peak"] = _peak(running, settling + 1, before)
+    facts["peak_r1"] = _peak(running, interval, before)
+    facts["generator_kept"] = _generator_kept(live)
+    facts["launches"] = launches(lambda: running.run(settling + 2))
     running.settings = take_settings()
     return running, facts
 
@@ -148,6 +152,17 @@ def _compiled_before() -> bool:
     """Whether this variant may find graphs that another one, or a stopped process, compiled."""
     folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
     return bool(counters["stats"]["unique_graphs"]) or (folder.name != "" and any(folder.glob("*")))
+
+
+def _generator_kept(live: LiveStep) -> float | None:
+    """Bytes per image that G's forward keeps for its backward; None on a CPU."""
+    if not ON_GPU:
+        return None
+    reals, labels = live.draw(0)
+    before = torch.cuda.memory_allocated()
+    fakes = live.step._generate(torch.randn_like(reals), labels)
+    kept = torch.cuda.memory_allocated() - before - fakes.nbytes
+    return kept / len(fakes)
 
 
 def _memory() -> tuple[int, int]:
