@@ -20,6 +20,9 @@ from fastgan.checkpoint.network_file import (
 )
 from fastgan.checkpoint.store import EMA, latest_checkpoint
 from fastgan.data import ImageDataset, open_dataset
+from fastgan.data.prefetch import Prefetched
+from fastgan.data.resident import Resident
+from fastgan.data.resident import choose as choose_resident
 from fastgan.data.sampler import batch_indices
 from fastgan.discriminator.base import Discriminator
 from fastgan.discriminator.class_embedding import load_class_embedding
@@ -134,11 +137,38 @@ def discriminator(config: cfg.TrainConfig, network: Precond, data: ImageDataset)
     )
 
 
-def batches(data: ImageDataset, config: cfg.RunConfig, label_dim: int, world: World) -> Draw:
-    """iteration -> this process's real images in [-1, 1] and labels (None if label_dim is 0)."""
+class Batches:
+    """iteration -> this process's real images in [-1, 1] and labels (None if label_dim is 0).
 
-    def draw(iteration: int) -> tuple[Tensor, Tensor | None]:
-        indices = batch_indices(
+    Entering it decodes what shall be resident; leaving it ends the threads. What an iteration gets
+    does not depend on where the images lie.
+    """
+
+    def __init__(self, source: Resident | Prefetched, label_dim: int) -> None:
+        self._source, self._label_dim = source, label_dim
+        self.description = f"data: {source.description}"
+
+    def __call__(self, iteration: int) -> tuple[Tensor, Tensor | None]:
+        pixels, labels = self._source(iteration)
+        return pixels.float() / 127.5 - 1, _labels(labels, self._label_dim)
+
+    def __enter__(self) -> "Batches":
+        self._source.load()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._source.close()
+
+
+def batches(data: ImageDataset, config: cfg.RunConfig, label_dim: int, world: World) -> Batches:
+    """The training's batches, by `data.resident` and `data.workers`; nothing is decoded yet.
+
+    UserError where `data.resident=true` and the device has not the memory.
+    """
+    c = config.data
+
+    def indices(iteration: int) -> np.ndarray:
+        return batch_indices(
             len(data),
             seed=config.seed,
             iteration=iteration,
@@ -146,11 +176,11 @@ def batches(data: ImageDataset, config: cfg.RunConfig, label_dim: int, world: Wo
             rank=world.rank,
             world_size=world.size,
         )
-        pixels = torch.from_numpy(data.images(indices)).to(world.device)
-        reals = pixels.float() / 127.5 - 1
-        return reals, _labels(data, indices, label_dim, world.device)
 
-    return draw
+    resident = choose_resident(data, c.resident, world.device, world.size)
+    kind = Resident if resident else Prefetched
+    source = kind(data, indices, world.device, workers=c.workers, labelled=label_dim > 0)
+    return Batches(source, label_dim)
 
 
 def sample_fn(
@@ -250,11 +280,8 @@ def _fitting_network(
         ) from error
 
 
-def _labels(
-    data: ImageDataset, indices: np.ndarray, label_dim: int, device: torch.device
-) -> Tensor | None:
+def _labels(labels: Tensor | None, label_dim: int) -> Tensor | None:
     """Labels [n, label_dim] in float32: one-hot classes, or the dataset's own vectors."""
-    if not label_dim or data.labels is None:
+    if labels is None:
         return None
-    labels = torch.from_numpy(data.labels[indices]).to(device)
     return F.one_hot(labels, label_dim).float() if labels.ndim == 1 else labels.float()

@@ -11,9 +11,19 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from fastgan.config import DiscriminatorKind, RunConfig, SamplerConfig, TrainConfig
+from fastgan.config import (
+    Adam,
+    DataConfig,
+    DiscriminatorKind,
+    Engine,
+    RunConfig,
+    SamplerConfig,
+    TrainConfig,
+)
 from fastgan.errors import UserError
 
+# The batch_gpu that fastgan/batch_probe.py makes a number.
+AUTO = "auto"
 SAMPLERS = ("few_step", "heun")
 _MOST_IMAGES = 10**18
 # Integers beyond that are no longer exact in JSON; some keys also cost memory or time.
@@ -21,6 +31,7 @@ _LARGEST = 1 << 53
 _LARGEST_OF = {
     "seed": 2**63 - 1,
     "batch": 1 << 20,
+    "data.workers": 256,
     "eval.images": 10_000_000,
     "eval.batch": 1 << 20,
     "eval.sampler.steps": 10_000,
@@ -74,26 +85,35 @@ def class_index(value: Any, label_dim: int) -> int | None:
     return value
 
 
-def local_batches(config: RunConfig, world_size: int) -> int:
-    """The images per forward pass of one process; UserError where the batch does not split."""
+def local_images(config: RunConfig, world_size: int) -> int:
+    """The images of one process per iteration; UserError where the batch does not split."""
     if config.batch < 1 or config.batch % world_size:
         raise UserError(
             f"batch={config.batch} does not split over {world_size} processes, "
             f"a multiple of {world_size} would"
         )
-    local = config.batch // world_size
-    size = config.batch_gpu
-    if size is None:
+    return config.batch // world_size
+
+
+def local_batches(config: RunConfig, world_size: int) -> int:
+    """The images per forward pass of one process; UserError where the batch does not split.
+
+    As long as it is not known what auto stands for, it is all at once.
+    """
+    local, size = local_images(config, world_size), config.batch_gpu
+    if size is None or size == AUTO:
         return local
-    if size == "auto":
-        raise UserError("batch_gpu=auto has no memory probe yet, a divisor of the batch or null")
     if isinstance(size, bool) or not isinstance(size, int) or size < 1 or local % size:
-        divisors = [d for d in range(1, local + 1) if local % d == 0][-6:]
         raise UserError(
             f"batch_gpu={size!r} does not split the {local} images of one process, "
-            f"one of {', '.join(map(str, divisors))} would"
+            f"one of {', '.join(map(str, divisors(local)[-6:]))} would"
         )
     return size
+
+
+def divisors(n: int) -> list[int]:
+    """All divisors of n, ascending."""
+    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def existing(path: str, key: str) -> Path:
@@ -137,6 +157,7 @@ def check_run(config: RunConfig) -> None:
     if not 0 <= config.seed < 2**63:
         raise UserError(f"seed={config.seed} is out of range, 0 to 2^63 - 1 would be right")
     require_finite(config)
+    _check_data(config.data)
     require_positive(config, "keep", "eval.images", "eval.batch")
     check_sampler(config, "eval.sampler")
 
@@ -157,6 +178,10 @@ def check_train(config: TrainConfig) -> None:
         )
     if config.loss.r1_interval < 0:
         raise UserError(f"loss.r1_interval={config.loss.r1_interval}, 0 (never) or more expected")
+    if config.engine is Engine.fast and config.optim.adam is Adam.apex:
+        raise UserError(
+            "optim.adam=apex cannot be recorded by engine=fast, optim.adam=torch would be"
+        )
     d = config.discriminator
     if d.kind is DiscriminatorKind.diffusion and not (config.init.path or d.network):
         raise UserError(
@@ -164,3 +189,11 @@ def check_train(config: TrainConfig) -> None:
             "null, discriminator.network=FILE would name one"
         )
     check_run(config)
+
+
+def _check_data(data: DataConfig) -> None:
+    # `1 == True` holds, so it is asked for the type.
+    if not isinstance(data.resident, bool) and data.resident != "auto":
+        raise UserError(f"data.resident={data.resident!r}, auto, true or false would be right")
+    if data.workers < 0:
+        raise UserError(f"data.workers={data.workers} is out of range, 0 or more would be right")

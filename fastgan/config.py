@@ -17,10 +17,14 @@ class Device(Enum):
 
 
 class Engine(Enum):
-    """plain: PyTorch as it is, the specification; compiled: the same through torch.compile."""
+    """How the step runs: plain is the specification, the others give its numbers faster.
+
+    compiled: through torch.compile; fast: compiled on this project's kernels, as CUDA graphs.
+    """
 
     plain = "plain"
     compiled = "compiled"
+    fast = "fast"
 
 
 class Kernels(Enum):
@@ -73,7 +77,7 @@ class DiscriminatorKind(Enum):
 
 @dataclass
 class CompileConfig:
-    """How engine=compiled compiles."""
+    """How engine=compiled and engine=fast compile."""
 
     mode: CompileMode = CompileMode.default
     """max-autotune-no-cudagraphs (named autotune) tries several kernels for every convolution."""
@@ -82,10 +86,24 @@ class CompileConfig:
 
 
 @dataclass
+class FastConfig:
+    """What engine=fast does beyond engine=compiled, besides our kernels."""
+
+    graphs: bool = True
+    """Replays iterations as CUDA graphs (GPU only)."""
+    fold: bool = True
+    """Folds the frozen backbones' BatchNorm into their convolutions."""
+
+
+@dataclass
 class DataConfig:
     path: str = MISSING
     """A dataset zip or folder in EDM's format, or digits | digits/val | digits/test."""
     max_images: int | None = None
+    resident: Any = "auto"
+    """Whether the decoded images stay in the device's memory: true, false, or auto (if small)."""
+    workers: int = 4
+    """Threads that decode, ahead of the training where it is not resident; 0: none."""
 
 
 @dataclass
@@ -208,6 +226,7 @@ class TrainConfig(RunConfig):
 
     engine: Engine = Engine.plain
     compile: CompileConfig = field(default_factory=CompileConfig)
+    fast: FastConfig = field(default_factory=FastConfig)
     precision: Precision = Precision.published
     nonfinite: NonFinite = NonFinite.skip
     share_fakes: bool = False

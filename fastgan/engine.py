@@ -12,6 +12,7 @@ from fastgan.models import Precond
 from fastgan.precision import strict_float32, tuned_convolutions
 from fastgan.training.compiled import CompiledStep
 from fastgan.training.ema import averaged_copy
+from fastgan.training.fast import FastStep
 from fastgan.training.step import PlainStep, StepSettings
 
 
@@ -21,7 +22,7 @@ def prepare_process(config: cfg.TrainConfig, device: torch.device) -> None:
     tuned_convolutions()
     compiled = config.engine is cfg.Engine.compiled
     select_kernels(config.kernels.value, device, compiled=compiled)
-    if compiled:
+    if config.engine is not cfg.Engine.plain:
         prepare_compiler(config.compile.cache, device)
 
 
@@ -45,6 +46,10 @@ def make_step(
     parts = (network, average, discriminator, settings, world)
     if config.engine is cfg.Engine.compiled:
         return CompiledStep(*parts, mode=config.compile.mode.value)
+    if config.engine is cfg.Engine.fast:
+        fast = config.fast
+        mode = config.compile.mode.value
+        return FastStep(*parts, mode=mode, graphs=fast.graphs, fold=fast.fold)
     return PlainStep(*parts)
 
 

@@ -49,6 +49,12 @@ class ArgumentParser(argparse.ArgumentParser):
         fail(f"{message}, see {self.prog} -h")
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it is PyTorch's OutOfMemoryError, or of a library beside it, which says so."""
+    said = ("out of memory", "ALLOC_FAILED")
+    return type(error).__name__ == "OutOfMemoryError" or any(each in str(error) for each in said)
+
+
 def fail(message: str) -> NoReturn:
     """Prints `error: MESSAGE` on stderr and exits with status 1."""
     print(f"error: {one_line(message)}", file=sys.stderr)

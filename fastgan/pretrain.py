@@ -1,12 +1,16 @@
 """python -m fastgan.pretrain experiment=NAME key=value ...: an EDM model from random weights."""
 
+from copy import deepcopy
+
 import torch
 
 from fastgan import build, checks, distributed
 from fastgan import config as cfg
+from fastgan.batch_probe import naming_batch_gpu, settle_batch_gpu
 from fastgan.cli import hydra_command
 from fastgan.distributed import World
 from fastgan.kernel_choice import select_kernels
+from fastgan.models import Precond
 from fastgan.precision import strict_float32, tuned_convolutions
 from fastgan.run import describe_batch, evaluation, provenance, say, schedule
 from fastgan.run_dir import open_run_dir
@@ -26,11 +30,13 @@ def pretrain(config: cfg.PretrainConfig) -> None:
     data = build.dataset(config.data)
     model = build.fresh_network(config, data)
     network = model.network
+    reals = build.batches(data, config, network.label_dim, world)
     say(
         [
             f"{config.experiment_name}: {plan.total_images} images of {data.name} ({len(data)})",
             f"network: {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters",
             describe_batch(config, world, settings.batch_gpu),
+            reals.description,
         ]
     )
     if config.dry_run:
@@ -38,20 +44,32 @@ def pretrain(config: cfg.PretrainConfig) -> None:
 
     evaluate = evaluation(config, data, world)
     run_dir = open_run_dir(config)
+
+    def rehearsed(config: cfg.PretrainConfig, world: World) -> EdmStep:
+        return make_edm_step(config, deepcopy(network), world)
+
+    with reals:
+        settle_batch_gpu(config, world, network, rehearsed)
+        with naming_batch_gpu(config, world):
+            run_loop(
+                make_edm_step(config, network, world),
+                reals,
+                plan,
+                run_dir,
+                world,
+                network_config=model.architecture,
+                provenance=provenance(model, data, "fastgan.pretrain"),
+                evaluate=evaluate,
+            )
+
+
+def make_edm_step(config: cfg.PretrainConfig, network: Precond, world: World) -> EdmStep:
+    """The step on this process's device, to which it moves the network."""
     network.to(world.device)
     average = averaged_copy(network)
     if config.precision is cfg.Precision.bf16:
         network.compute_dtype = torch.bfloat16
-    run_loop(
-        EdmStep(network, average, settings, world),
-        build.batches(data, config, network.label_dim, world),
-        plan,
-        run_dir,
-        world,
-        network_config=model.architecture,
-        provenance=provenance(model, data, "fastgan.pretrain"),
-        evaluate=evaluate,
-    )
+    return EdmStep(network, average, edm_settings(config, world), world)
 
 
 def edm_settings(config: cfg.PretrainConfig, world: World) -> EdmSettings:

@@ -8,6 +8,7 @@ import torch
 
 from fastgan import build, checks, distributed
 from fastgan import config as cfg
+from fastgan.batch_probe import naming_what_fits
 from fastgan.data import ImageDataset
 from fastgan.distributed import World
 from fastgan.evaluation.grid import save_grid
@@ -30,7 +31,10 @@ def schedule(config: cfg.RunConfig) -> Schedule:
 
 
 def describe_batch(config: cfg.RunConfig, world: World, batch_gpu: int) -> str:
-    """`batch 256 = 4 processes x 2 rounds x 32 images`."""
+    """`batch 256 = 4 processes x 2 rounds x 32`, or `x 64 in rounds of batch_gpu=auto`."""
+    if config.batch_gpu == checks.AUTO:
+        whole = f"batch {config.batch} = {world.size} processes x {batch_gpu}"
+        return f"{whole} in rounds of batch_gpu=auto"
     accumulation = config.batch // world.size // batch_gpu
     return f"batch {config.batch} = {world.size} processes x {accumulation} rounds x {batch_gpu}"
 
@@ -60,6 +64,7 @@ def evaluation(
             e.extractor, e.weights, e.reference or data, world.device, e.batch
         )
 
+    @naming_what_fits("eval.batch", e.batch, [e.batch // 2 or 1])
     def evaluate(network: Precond, nimg: int) -> dict[str, float]:
         sample = build.sample_fn(network, e.sampler, world.device)
         if world.rank == 0:

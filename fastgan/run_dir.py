@@ -9,6 +9,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from fastgan import distributed
+from fastgan.checkpoint.store import resumable
+from fastgan.checks import AUTO
 from fastgan.config import RunConfig
 from fastgan.errors import UserError, shown
 from fastgan.files import replace_atomically
@@ -17,7 +19,8 @@ CONFIG = "config.yaml"
 # What may differ when a run is taken up again: how long, how often, where and how fast, how it is
 # looked at.
 _FREE = {"run_dir", "total_images", "tick", "snapshot", "keep", "dry_run", "eval"}
-_FREE |= {"device", "engine", "compile", "timeout"}
+_FREE |= {"device", "engine", "compile", "fast", "timeout"}
+_FREE_OF_DATA = {"resident", "workers"}
 # Ours has three kilobytes, no aliases (a few of which can stand for gigabytes) and four levels.
 _MOST_BYTES = 32 * 1024
 _MOST_LEVELS = 20
@@ -26,7 +29,9 @@ _MOST_LEVELS = 20
 def open_run_dir(config: RunConfig) -> Path:
     """The run's folder with its config.yaml; every process gets the same answer.
 
-    UserError where the folder holds a run with other settings, or cannot be written.
+    batch_gpu=auto becomes what it was when the run that is taken up again was begun: it decides
+    the heads' BatchNorm. UserError where the folder holds a run with other settings, or cannot be
+    written.
     """
     problem = ""
     if distributed.is_main():
@@ -38,7 +43,7 @@ def open_run_dir(config: RunConfig) -> Path:
             problem = (
                 f"run_dir={config.run_dir}: {error.strerror}, a writable folder would be right"
             )
-    problem = distributed.broadcast_object(problem)
+    problem, config.batch_gpu = distributed.broadcast_object((problem, config.batch_gpu))
     if problem:
         raise UserError(problem)
     return Path(config.run_dir)
@@ -46,7 +51,6 @@ def open_run_dir(config: RunConfig) -> Path:
 
 def _prepare(config: RunConfig) -> None:
     folder = Path(config.run_dir)
-    text = OmegaConf.to_yaml(OmegaConf.structured(config))
     if (folder / CONFIG).exists():
         _check_same(folder, config)
     elif folder.exists() and any(folder.iterdir()):
@@ -55,17 +59,32 @@ def _prepare(config: RunConfig) -> None:
         )
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     (folder / "checkpoints").mkdir(exist_ok=True)
-    with replace_atomically(folder / CONFIG) as file:
+    write_config(config)
+
+
+def write_config(config: RunConfig) -> None:
+    """Replaces the config.yaml of the run by this configuration."""
+    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    with replace_atomically(Path(config.run_dir) / CONFIG) as file:
         file.write(text.encode())
 
 
 def _check_same(folder: Path, config: RunConfig) -> None:
-    saved = _saved(folder / CONFIG)
+    saved, free = _saved(folder / CONFIG), _FREE
+    if not resumable(folder / "checkpoints"):
+        # Nothing was trained with it that is still there: it may just have been too large.
+        free = _FREE | {"batch_gpu"}
+    elif config.batch_gpu == AUTO and isinstance(saved.get("batch_gpu"), int | None):
+        config.batch_gpu = saved["batch_gpu"]
     ours: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
         OmegaConf.structured(config), enum_to_str=True
     )
+    for data in (saved.get("data"), ours["data"]):
+        if isinstance(data, dict):
+            for key in _FREE_OF_DATA:
+                data.pop(key, None)
     for key in (f.name for f in fields(config)):
-        if key not in _FREE and saved.get(key) != ours[key]:
+        if key not in free and saved.get(key) != ours[key]:
             raise UserError(
                 f"run_dir={folder} holds a run with {_difference(key, saved.get(key), ours[key])}, "
                 "another run_dir or the same settings would be right"

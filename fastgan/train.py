@@ -1,10 +1,14 @@
 """python -m fastgan.train experiment=NAME key=value ...: the GAN fine-tune."""
 
+from copy import deepcopy
+
 import torch
 
 from fastgan import build, checks, distributed
 from fastgan import config as cfg
+from fastgan.batch_probe import naming_batch_gpu, settle_batch_gpu
 from fastgan.cli import hydra_command
+from fastgan.distributed import World
 from fastgan.engine import make_step, prepare_process, step_settings
 from fastgan.models import Precond
 from fastgan.models.freeze import freeze, frozen_share
@@ -12,6 +16,7 @@ from fastgan.performance.mfu import full_speed
 from fastgan.run import describe_batch, evaluation, provenance, say, schedule
 from fastgan.run_dir import open_run_dir
 from fastgan.training.loop import run_loop
+from fastgan.training.step import PlainStep
 
 
 def train(config: cfg.TrainConfig) -> None:
@@ -25,6 +30,7 @@ def train(config: cfg.TrainConfig) -> None:
     network = model.network
     discriminator = build.discriminator(config, network, data)
     freeze(network, config.freeze.level)
+    reals = build.batches(data, config, network.label_dim, world)
     say(
         [
             f"{config.experiment_name}: {plan.total_images} images of {data.name} ({len(data)})",
@@ -32,6 +38,7 @@ def train(config: cfg.TrainConfig) -> None:
             f"discriminator: {_millions(discriminator.heads)} M trained parameters",
             describe_batch(config, world, settings.batch_gpu)
             + " images (also the batch of the heads' BatchNorm)",
+            reals.description,
         ]
     )
     if config.dry_run:
@@ -39,17 +46,26 @@ def train(config: cfg.TrainConfig) -> None:
 
     evaluate = evaluation(config, data, world)
     run_dir = open_run_dir(config)
-    run_loop(
-        make_step(config, settings, network, discriminator, world),
-        build.batches(data, config, network.label_dim, world),
-        plan,
-        run_dir,
-        world,
-        network_config=model.architecture,
-        provenance=provenance(model, data, "fastgan.train"),
-        evaluate=evaluate,
-        full_speed=full_speed(config, model.architecture, world),
-    )
+
+    def rehearsed(config: cfg.TrainConfig, world: World) -> PlainStep:
+        copies = deepcopy(network), deepcopy(discriminator)
+        return make_step(config, step_settings(config, world), *copies, world)
+
+    with reals:
+        settle_batch_gpu(config, world, network, rehearsed)
+        settings = step_settings(config, world)
+        with naming_batch_gpu(config, world):
+            run_loop(
+                make_step(config, settings, network, discriminator, world),
+                reals,
+                plan,
+                run_dir,
+                world,
+                network_config=model.architecture,
+                provenance=provenance(model, data, "fastgan.train"),
+                evaluate=evaluate,
+                full_speed=full_speed(config, model.architecture, world),
+            )
 
 
 def _millions(module: torch.nn.Module) -> str:

@@ -15,6 +15,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from fastgan.discriminator.backbone_weights import create_model
+from fastgan.discriminator.fold import fold_batch_norms
 from fastgan.errors import UserError
 from fastgan.seeding import seeded
 from kernels import resize_normalize
@@ -62,6 +63,11 @@ class Backbone(nn.Module):
     def raw_features(self, images: Tensor) -> list[Tensor]:
         """The four maps of the pre-trained network itself, before a ViT's random layers."""
         return self.extractor(self._preprocess(images))
+
+    def fold(self) -> int:
+        """Makes the BatchNorms behind convolutions parts of them; how many. The maps stay."""
+        weight = next(self.extractor.parameters())
+        return fold_batch_norms(self.extractor, weight.new_zeros(1, 3, self.size, self.size))
 
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode whatever is asked."""

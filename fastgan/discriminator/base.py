@@ -44,6 +44,14 @@ class Discriminator(nn.Module):
     def store_frozen(self, dtype: torch.dtype) -> None:
         """Keeps what no checkpoint holds, the pre-trained features, in `dtype` from now on."""
 
+    def fold(self) -> int:
+        """Before training: makes BatchNorms of the pre-trained features parts of convolutions.
+
+        The function and what a checkpoint holds stay the same. Returns how many there were.
+        Call it before `store_frozen`.
+        """
+        return 0
+
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The heads' parameters: what an optimiser gets."""
         return self.heads.parameters()

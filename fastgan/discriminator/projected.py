@@ -64,6 +64,9 @@ class ProjectedDiscriminator(Discriminator):
         for prefix in self.loaded_elsewhere:
             self.get_submodule(prefix).to(dtype)
 
+    def fold(self) -> int:
+        return sum(backbone.fold() for backbone in self.backbones)  # type: ignore[operator]
+
 
 class _BranchHeads(nn.Module):
     """One backbone's heads, one per mixed map, shallow to deep."""

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastgan.errors import UserError
+from fastgan.errors import UserError, out_of_memory
 from fastgan.training.state import StepResult
 
 Inputs = tuple[Tensor | None, ...]
@@ -81,9 +81,9 @@ class Replayed:
         self._inputs = tuple(None if x is None else x.clone() for x in inputs)
         try:
             self._result = graph.record(lambda: self._iteration(*self._inputs))
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if out_of_memory(error):
+                raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"the iteration cannot be recorded ({reason}), engine=fast, "
