@@ -13,7 +13,7 @@ from fastgan.checkpoint.store import resumable
 from fastgan.checks import AUTO
 from fastgan.config import RunConfig
 from fastgan.errors import UserError, shown
-from fastgan.files import replace_atomically
+from fastgan.files import PART, replace_atomically
 
 CONFIG = "config.yaml"
 # What may differ when a run is taken up again: how long, how often, where and how fast, how it is
@@ -53,13 +53,14 @@ def _prepare(config: RunConfig) -> None:
     folder = Path(config.run_dir)
     if (folder / CONFIG).exists():
         _check_same(folder, config)
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(path.suffix != PART for path in folder.iterdir()):
         raise UserError(
             f"run_dir={folder} holds other files, an empty or new folder would be right"
         )
-    (folder / "samples").mkdir(parents=True, exist_ok=True)
-    (folder / "checkpoints").mkdir(exist_ok=True)
+    # First of all: a folder with anything else in it and no config.yaml is somebody else's.
     write_config(config)
+    (folder / "samples").mkdir(exist_ok=True)
+    (folder / "checkpoints").mkdir(exist_ok=True)
 
 
 def write_config(config: RunConfig) -> None:

@@ -229,8 +229,8 @@ MUTANTS = (
     Mutant(
         "R1 already in iteration 0",
         "fastgan/training/step.py",
-        "iteration % s.r1_interval == 0 and iteration > 0",
-        "iteration % s.r1_interval == 0",
+        "iteration % interval == 0 and iteration > 0",
+        "iteration % interval == 0",
         "tests/training/test_step.py::test_r1_comes_every_16th_time_on_bare_reals_with_their_labels",
     ),
     Mutant(
@@ -251,7 +251,7 @@ MUTANTS = (
         "R1 on augmented reals",
         "fastgan/training/step.py",
         "self._logits(images, take(labels, part), None)",
-        'self._logits(images, take(labels, part), self._augmentation("R", 0, images.device))',
+        'self._logits(images, take(labels, part), self._streams["augment", "D"])',
         "tests/training/test_step.py::test_r1_comes_every_16th_time_on_bare_reals_with_their_labels",
     ),
     Mutant(
@@ -272,8 +272,8 @@ MUTANTS = (
     Mutant(
         "D trains on the fakes of G's step",
         "fastgan/training/step.py",
-        "if not s.share_fakes:",
-        "if s.share_fakes:",
+        "if not self.settings.share_fakes:",
+        "if self.settings.share_fakes:",
         "tests/training/test_step.py::test_fakes_of_d_are_fresh_and_of_the_updated_generator",
     ),
     Mutant(
@@ -289,6 +289,34 @@ MUTANTS = (
         "            self.optimizer.found_inf = skipped",
         "            self.optimizer.found_inf = 0 * skipped",
         "tests/training/test_updater.py::test_skip_touches_neither_parameters_nor_moments",
+    ),
+    Mutant(
+        "a replay sees the images of the recording",
+        "fastgan/training/replay.py",
+        "                static.copy_(given)",
+        "                pass",
+        "tests/training/test_fast.py::test_replays_equal_the_plain_step_bitwise",
+    ),
+    Mutant(
+        "every iteration draws the same noise",
+        "fastgan/training/step.py",
+        "reseed(generator, s.seed, kind, purpose, iteration, *own)",
+        "reseed(generator, s.seed, kind, purpose, 0, *own)",
+        "tests/training/test_step.py::test_eighteen_iterations_equal_the_recipe_written_out",
+    ),
+    Mutant(
+        "a checkpoint is written from tensors that go on training",
+        "fastgan/checkpoint/writer.py",
+        "training=_copied(checkpoint.training)",
+        "training=checkpoint.training",
+        "tests/checkpoint/test_writer.py::test_values_are_those_of_the_call",
+    ),
+    Mutant(
+        "chunks count samples where the cache counts slabs",
+        "kernels/norm_silu_tiles.py",
+        "max(1, chip.l2_bytes // p.swept_bytes // slabs)",
+        "max(1, chip.l2_bytes // p.swept_bytes)",
+        "tests/kernels/test_norm_silu_tiles.py",
     ),
     Mutant(
         "rounds of accumulation weigh like whole batches",
