@@ -89,12 +89,18 @@ class GpuMemory:
 def naming_batch_gpu(config: RunConfig, world: World) -> AbstractContextManager[None]:
     """Within, running out of memory is a UserError naming the next smaller batch_gpu."""
     choices = checks.divisors(checks.local_images(config, world.size))
-    return naming_what_fits("batch_gpu", checks.local_batches(config, world.size), choices)
+    size = checks.local_batches(config, world.size)
+    return naming_what_fits("batch_gpu", size, choices, _last_resort(config))
 
 
 @contextmanager
-def naming_what_fits(key: str, value: int, choices: Iterable[int]) -> Iterator[None]:
-    """Within, running out of memory is a UserError naming the largest choice below `value`."""
+def naming_what_fits(
+    key: str, value: int, choices: Iterable[int], last_resort: str = ""
+) -> Iterator[None]:
+    """Within, running out of memory is a UserError naming the largest choice below `value`.
+
+    `last_resort`: a setting that takes less memory at the same value.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -104,6 +110,9 @@ def naming_what_fits(key: str, value: int, choices: Iterable[int]) -> Iterator[N
         right = "precision=bf16 or a GPU with more memory"
         if smaller is not None:
             right = f"{key}={smaller}, the next smaller one,"
+            right += f" or {last_resort}" if last_resort else ""
+        elif last_resort:
+            right = f"{last_resort}, {right}"
         raise UserError(f"out of memory, with {key}={value}, {right} would be right") from error
 
 
@@ -135,9 +144,11 @@ def _largest(
         if distributed.all_reduce_sum(torch.tensor(float(not fits))) == 0:
             assert peak is not None
             return size, peak
+    last_resort = _last_resort(config)
     raise UserError(
         f"batch_gpu=auto: not even one image per pass fits, on {world.device} with "
-        f"{memory.total / _GIB:.1f} GiB, precision=bf16 or a GPU with more memory would be right"
+        f"{memory.total / _GIB:.1f} GiB, {last_resort}{', ' if last_resort else ''}precision=bf16 "
+        "or a GPU with more memory would be right"
     )
 
 
@@ -180,4 +191,13 @@ def _describe(config: RunConfig, local: int) -> str:
     if isinstance(config, TrainConfig):
         published = config.loss.published_batch_gpu
         text += f"; also the batch of the heads' BatchNorm (published: {published})"
+        last_resort = _last_resort(config)
+        if last_resort and config.batch_gpu < min(published, local):
+            text += f", {last_resort} would allow a larger one"
     return text
+
+
+def _last_resort(config: RunConfig) -> str:
+    """What saves memory in a fine-tune at any batch, unless it is set: recomputed activations."""
+    saves = isinstance(config, TrainConfig) and not config.generator.checkpoint
+    return "generator.checkpoint=true" if saves else ""

@@ -35,6 +35,8 @@ from fastgan.evaluation.features import FeatureExtractor
 from fastgan.evaluation.frechet import Statistics
 from fastgan.evaluation.protocol import dataset_statistics, load_reference
 from fastgan.models import Precond, network_from_config
+from fastgan.models.freeze import freeze
+from fastgan.models.unet_block import recompute_blocks
 from fastgan.noise import seeded_latents
 from fastgan.sampling import few_step, heun, to_uint8
 from fastgan.seeding import seeded
@@ -137,6 +139,13 @@ def discriminator(config: cfg.TrainConfig, network: Precond, data: ImageDataset)
     )
 
 
+def prepare_generator(config: cfg.TrainConfig, network: Precond) -> None:
+    """Freezes what does not train, and checkpoints; call it once the discriminator is built."""
+    freeze(network, config.freeze.level)
+    if config.generator.checkpoint:
+        recompute_blocks(network)
+
+
 class Batches:
     """iteration -> this process's real images in [-1, 1] and labels (None if label_dim is 0).
 
@@ -233,9 +242,16 @@ def find_network(path: str) -> Path:
 
 
 def saved_network(path: str, device: torch.device) -> tuple[Precond, Path]:
-    """The network of a file or run directory in eval mode on `device`, and its file."""
+    """The network of a file or run directory in eval mode on `device`, and its file.
+
+    UserError where a weight is not finite: every image would be noise or black.
+    """
     file = find_network(path)
-    return network_from_file(file).eval().requires_grad_(False).to(device), file
+    network = network_from_file(file).eval().requires_grad_(False).to(device)
+    for name, weight in network.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError(f"{name} is not finite, in {file}, finite weights would be right")
+    return network, file
 
 
 def extractor_and_reference(

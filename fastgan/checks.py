@@ -35,6 +35,7 @@ _LARGEST_OF = {
     "eval.images": 10_000_000,
     "eval.batch": 1 << 20,
     "eval.sampler.steps": 10_000,
+    "sampler.steps": 10_000,
     "generator.steps": 1000,
     "discriminator.width": 4096,
 }
@@ -118,7 +119,11 @@ def divisors(n: int) -> list[int]:
 
 def existing(path: str, key: str) -> Path:
     """The path, which must be there; UserError naming the key otherwise."""
-    if not Path(path).exists():
+    try:
+        there = Path(path).exists()
+    except OSError:  # a name that is too long
+        there = False
+    if not there:
         raise UserError(f"{key}={path} does not exist, an existing file or folder would")
     return Path(path)
 

@@ -41,6 +41,15 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
+class Arithmetic(Enum):
+    """fp32 is strict float32; tf32 float32 on tensor cores, of 10 bits; fp16 scales its losses."""
+
+    fp32 = "fp32"
+    tf32 = "tf32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
 class CompileMode(Enum):
     """torch.compile's modes that do not reuse their outputs' memory."""
 
@@ -96,6 +105,17 @@ class FastConfig:
 
 
 @dataclass
+class ArithmeticConfig:
+    """What convolutions and matrix products compute in, part by part; null: as `precision` says."""
+
+    generator: Arithmetic | None = None
+    backbones: Arithmetic | None = None
+    """The discriminator's frozen features: backbones and random mixing, or the encoder."""
+    heads: Arithmetic | None = None
+    """The trained heads; their parameters, BatchNorm's statistics and the logits are float32."""
+
+
+@dataclass
 class DataConfig:
     path: str = MISSING
     """A dataset zip or folder in EDM's format, or digits | digits/val | digits/test."""
@@ -118,6 +138,8 @@ class InitConfig:
 class GeneratorConfig:
     steps: int = 1
     mid_sigma: float | None = None
+    checkpoint: bool = False
+    """Whether backward computes every residual block again: less memory, one more forward of G."""
 
 
 @dataclass
@@ -228,6 +250,7 @@ class TrainConfig(RunConfig):
     compile: CompileConfig = field(default_factory=CompileConfig)
     fast: FastConfig = field(default_factory=FastConfig)
     precision: Precision = Precision.published
+    arithmetic: ArithmeticConfig = field(default_factory=ArithmeticConfig)
     nonfinite: NonFinite = NonFinite.skip
     share_fakes: bool = False
     init: InitConfig = field(default_factory=InitConfig)

@@ -1,4 +1,6 @@
-"""Which step trains: the configuration's `engine` and `precision` made effective."""
+"""Which step trains: the configuration's engine, precision and arithmetic made effective."""
+
+from dataclasses import dataclass
 
 import torch
 
@@ -7,18 +9,21 @@ from fastgan import config as cfg
 from fastgan.compile_cache import prepare_compiler
 from fastgan.discriminator.base import Discriminator
 from fastgan.distributed import World
+from fastgan.errors import UserError
 from fastgan.kernel_choice import select_kernels
 from fastgan.models import Precond
-from fastgan.precision import strict_float32, tuned_convolutions
+from fastgan.precision import strict_float32, tensor_float32, tuned_convolutions
 from fastgan.training.compiled import CompiledStep
 from fastgan.training.ema import averaged_copy
 from fastgan.training.fast import FastStep
 from fastgan.training.step import PlainStep, StepSettings
 
+_DTYPES = {cfg.Arithmetic.bf16: torch.bfloat16, cfg.Arithmetic.fp16: torch.float16}
+
 
 def prepare_process(config: cfg.TrainConfig, device: torch.device) -> None:
     """Arithmetic, kernels, compile caches of this process; UserError where they cannot be had."""
-    strict_float32()
+    (tensor_float32 if arithmetic(config, device).tf32 else strict_float32)()
     tuned_convolutions()
     compiled = config.engine is cfg.Engine.compiled
     select_kernels(config.kernels.value, device, compiled=compiled)
@@ -39,18 +44,60 @@ def make_step(
     """
     network.train().to(world.device)
     discriminator.train().to(world.device)
-    # Before the network is told to compute in bfloat16: evaluation is in float32, as published.
+    # Before the network is told what to compute in: evaluation is in float32, as published.
     average = averaged_copy(network)
-    if config.precision is cfg.Precision.bf16 or world.device.type == "cuda":
-        network.compute_dtype = torch.bfloat16
-    parts = (network, average, discriminator, settings, world)
+    parts = arithmetic(config, world.device)
+    network.compute_dtype = parts.generator
+    discriminator.compute_in(parts.backbones, parts.heads)
+    objects = (network, average, discriminator, settings, world)
     if config.engine is cfg.Engine.compiled:
-        return CompiledStep(*parts, mode=config.compile.mode.value)
+        return CompiledStep(*objects, mode=config.compile.mode.value)
     if config.engine is cfg.Engine.fast:
         fast = config.fast
         mode = config.compile.mode.value
-        return FastStep(*parts, mode=mode, graphs=fast.graphs, fold=fast.fold)
-    return PlainStep(*parts)
+        return FastStep(*objects, mode=mode, graphs=fast.graphs, fold=fast.fold)
+    return PlainStep(*objects)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What each part of an iteration computes in; None: float32, its parameters' dtype."""
+
+    generator: torch.dtype | None
+    backbones: torch.dtype | None
+    heads: torch.dtype | None
+    tf32: bool
+    """Whether what is float32 is multiplied on tensor cores."""
+
+    @property
+    def fp16(self) -> bool:
+        """Whether gradients pass where small ones vanish."""
+        return torch.float16 in (self.generator, self.backbones, self.heads)
+
+
+def arithmetic(config: cfg.TrainConfig, device: torch.device) -> Parts:
+    """`precision`, and what `arithmetic` says otherwise; UserError where that cannot be."""
+    bf16, fp32 = cfg.Arithmetic.bf16, cfg.Arithmetic.fp32
+    both = config.precision is cfg.Precision.bf16
+    preset = {
+        "generator": bf16 if both or device.type == "cuda" else fp32,
+        "backbones": bf16 if both else fp32,
+        "heads": bf16 if both else fp32,
+    }
+    chosen = {name: getattr(config.arithmetic, name) or preset[name] for name in preset}
+    if cfg.Arithmetic.fp16 in chosen.values() and config.nonfinite is cfg.NonFinite.published:
+        raise UserError(
+            "nonfinite=published replaces what fp16 must see to scale its losses, in arithmetic, "
+            "nonfinite=skip or bf16 would be right"
+        )
+    tf32 = cfg.Arithmetic.tf32 in chosen.values()
+    strict = [name for name, value in chosen.items() if value is fp32]
+    if tf32 and strict:
+        raise UserError(
+            f"arithmetic.{strict[0]}=fp32 beside tf32, which a process has everywhere or nowhere, "
+            f"arithmetic.{strict[0]}=tf32 or bf16 would be right"
+        )
+    return Parts(tf32=tf32, **{name: _DTYPES.get(value) for name, value in chosen.items()})
 
 
 def step_settings(config: cfg.TrainConfig, world: World) -> StepSettings:
@@ -75,5 +122,5 @@ def step_settings(config: cfg.TrainConfig, world: World) -> StepSettings:
         nonfinite=config.nonfinite.value,
         steps=config.generator.steps,
         mid_sigma=config.generator.mid_sigma,
-        discriminator_bf16=config.precision is cfg.Precision.bf16,
+        scale_losses=arithmetic(config, world.device).fp16,
     )

@@ -22,11 +22,13 @@ from fastgan.evaluation.protocol import (
 from fastgan.evaluation.references import write_statistics
 from fastgan.files import file_sha256, replace_atomically
 from fastgan.kernel_choice import select_kernels
+from fastgan.models import Precond
 from fastgan.precision import strict_float32
 
 
 def evaluate(config: cfg.EvaluateConfig) -> None:
     """Frechet distance of a network's (or finished) images to a reference, as one JSON file."""
+    checks.require_finite(config)
     checks.require_positive(config, "batch")
     checks.check_sampler(config, "sampler")
     if (config.checkpoint is None) == (config.images is None):
@@ -42,6 +44,9 @@ def evaluate(config: cfg.EvaluateConfig) -> None:
     world = distributed.init(config.device.value)
     strict_float32()
     select_kernels(config.kernels.value, world.device)
+    network = None
+    if config.checkpoint is not None:
+        network = build.saved_network(config.checkpoint, world.device)
     extractor, reference = build.extractor_and_reference(
         config.extractor,
         config.weights,
@@ -50,8 +55,8 @@ def evaluate(config: cfg.EvaluateConfig) -> None:
         config.batch,
         progress=True,
     )
-    if config.checkpoint is not None:
-        generated, made_by = _of_network(config, seeds, extractor, world.device)
+    if network is not None:
+        generated, made_by = _of_network(config, *network, seeds, extractor, world.device)
     else:
         generated, made_by = _of_images(config, extractor), {"images": config.images}
     result = {**score(generated, reference, extractor), **made_by}
@@ -65,10 +70,13 @@ def evaluate(config: cfg.EvaluateConfig) -> None:
 
 
 def _of_network(
-    config: cfg.EvaluateConfig, seeds: list[int], extractor: FeatureExtractor, device: torch.device
+    config: cfg.EvaluateConfig,
+    network: Precond,
+    file: Path,
+    seeds: list[int],
+    extractor: FeatureExtractor,
+    device: torch.device,
 ) -> tuple[Statistics, dict[str, Any]]:
-    assert config.checkpoint is not None
-    network, file = build.saved_network(config.checkpoint, device)
     sample = build.sample_fn(network, config.sampler, device)
     statistics = generator_statistics(sample, seeds, extractor, config.batch, progress=True)
     sampler = {"kind": config.sampler.kind, "steps": config.sampler.steps}

@@ -19,7 +19,11 @@ PART = ".part"
 def require_file(path: str | os.PathLike[str], purpose: str) -> Path:
     """`path`, if it is a file; otherwise a UserError that says what it was wanted for."""
     found = Path(path)
-    if not found.is_file():
+    try:
+        there = found.is_file()
+    except OSError:  # a name that is too long
+        there = False
+    if not there:
         raise UserError(f"no such file, {found}, give the path of {purpose}")
     return found
 
@@ -44,9 +48,9 @@ def replace_atomically(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 def replacement(path: str | os.PathLike[str]) -> Iterator[Path]:
     """The same for what writes to a path: an empty file to be overwritten."""
     target = Path(path)
-    if target.is_dir():
-        raise UserError(f"is a folder, {target}, give the path of a file")
     try:
+        if target.is_dir():
+            raise UserError(f"is a folder, {target}, give the path of a file")
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, aside = tempfile.mkstemp(PART, f".{target.name}.", target.parent)
         os.close(handle)

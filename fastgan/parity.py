@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgan.discriminator.parity import Comparison, check_discriminator
-from fastgan.errors import UserError
+from fastgan.errors import UserError, shown
 from fastgan.files import require_file
 from fastgan.models import network_from_config
 from fastgan.models.precond import Precond
@@ -67,9 +67,9 @@ def load_arrays(file: Path) -> dict[str, np.ndarray]:
             raise ValueError(f"{size} bytes unpacked, more than {_MAX_BYTES}")
         with np.load(file, allow_pickle=False) as content:
             return {name: content[name] for name in content.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
+    except Exception as error:  # zipfile, zlib and numpy raise nearly anything on broken bytes
         raise UserError(
-            f"cannot read {file} ({error}), an .npz of plain arrays expected"
+            f"cannot read {file} ({shown(error)}), an .npz of plain arrays expected"
         ) from error
 
 

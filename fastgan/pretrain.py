@@ -1,6 +1,7 @@
 """python -m fastgan.pretrain experiment=NAME key=value ...: an EDM model from random weights."""
 
 from copy import deepcopy
+from functools import partial
 
 import torch
 
@@ -50,7 +51,8 @@ def pretrain(config: cfg.PretrainConfig) -> None:
 
     with reals:
         settle_batch_gpu(config, world, network, rehearsed)
-        with naming_batch_gpu(config, world):
+        explained = partial(naming_batch_gpu, config, world)
+        with explained():
             run_loop(
                 make_edm_step(config, network, world),
                 reals,
@@ -60,6 +62,7 @@ def pretrain(config: cfg.PretrainConfig) -> None:
                 network_config=model.architecture,
                 provenance=provenance(model, data, "fastgan.pretrain"),
                 evaluate=evaluate,
+                explained=explained,
             )
 
 

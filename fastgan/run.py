@@ -14,6 +14,7 @@ from fastgan.distributed import World
 from fastgan.evaluation.grid import save_grid
 from fastgan.evaluation.protocol import generator_statistics, score
 from fastgan.models import Precond
+from fastgan.precision import strict_within
 from fastgan.training.loop import Schedule
 
 GRID_SEEDS = list(range(64))
@@ -60,10 +61,12 @@ def evaluation(
     """
     e = config.eval
     if e.extractor is not None:
-        features, reference = build.extractor_and_reference(
-            e.extractor, e.weights, e.reference or data, world.device, e.batch
-        )
+        with strict_within():
+            features, reference = build.extractor_and_reference(
+                e.extractor, e.weights, e.reference or data, world.device, e.batch
+            )
 
+    @strict_within()
     @naming_what_fits("eval.batch", e.batch, [e.batch // 2 or 1])
     def evaluate(network: Precond, nimg: int) -> dict[str, float]:
         sample = build.sample_fn(network, e.sampler, world.device)

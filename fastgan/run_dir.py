@@ -20,7 +20,7 @@ CONFIG = "config.yaml"
 # looked at.
 _FREE = {"run_dir", "total_images", "tick", "snapshot", "keep", "dry_run", "eval"}
 _FREE |= {"device", "engine", "compile", "fast", "timeout"}
-_FREE_OF_DATA = {"resident", "workers"}
+_FREE_INSIDE = {"data": ("resident", "workers"), "generator": ("checkpoint",)}
 # Ours has three kilobytes, no aliases (a few of which can stand for gigabytes) and four levels.
 _MOST_BYTES = 32 * 1024
 _MOST_LEVELS = 20
@@ -80,10 +80,11 @@ def _check_same(folder: Path, config: RunConfig) -> None:
     ours: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
         OmegaConf.structured(config), enum_to_str=True
     )
-    for data in (saved.get("data"), ours["data"]):
-        if isinstance(data, dict):
-            for key in _FREE_OF_DATA:
-                data.pop(key, None)
+    for group, keys in _FREE_INSIDE.items():
+        for settings in (saved.get(group), ours.get(group)):
+            if isinstance(settings, dict):
+                for key in keys:
+                    settings.pop(key, None)
     for key in (f.name for f in fields(config)):
         if key not in free and saved.get(key) != ours[key]:
             raise UserError(

@@ -23,6 +23,7 @@ from fastgan.precision import strict_float32
 
 def sample(config: cfg.SampleConfig) -> None:
     """Writes the images of the seeds as an .npz, a grid (.png) or a folder of PNG files."""
+    checks.require_finite(config)
     checks.require_positive(config, "batch")
     checks.check_sampler(config, "sampler")
     world = distributed.init(config.device.value)

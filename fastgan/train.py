@@ -1,6 +1,7 @@
 """python -m fastgan.train experiment=NAME key=value ...: the GAN fine-tune."""
 
 from copy import deepcopy
+from functools import partial
 
 import torch
 
@@ -11,7 +12,7 @@ from fastgan.cli import hydra_command
 from fastgan.distributed import World
 from fastgan.engine import make_step, prepare_process, step_settings
 from fastgan.models import Precond
-from fastgan.models.freeze import freeze, frozen_share
+from fastgan.models.freeze import frozen_share
 from fastgan.performance.mfu import full_speed
 from fastgan.run import describe_batch, evaluation, provenance, say, schedule
 from fastgan.run_dir import open_run_dir
@@ -29,7 +30,7 @@ def train(config: cfg.TrainConfig) -> None:
     model = build.generator(config, data)
     network = model.network
     discriminator = build.discriminator(config, network, data)
-    freeze(network, config.freeze.level)
+    build.prepare_generator(config, network)
     reals = build.batches(data, config, network.label_dim, world)
     say(
         [
@@ -54,7 +55,8 @@ def train(config: cfg.TrainConfig) -> None:
     with reals:
         settle_batch_gpu(config, world, network, rehearsed)
         settings = step_settings(config, world)
-        with naming_batch_gpu(config, world):
+        explained = partial(naming_batch_gpu, config, world)
+        with explained():
             run_loop(
                 make_step(config, settings, network, discriminator, world),
                 reals,
@@ -65,6 +67,7 @@ def train(config: cfg.TrainConfig) -> None:
                 provenance=provenance(model, data, "fastgan.train"),
                 evaluate=evaluate,
                 full_speed=full_speed(config, model.architecture, world),
+                explained=explained,
             )
 
 

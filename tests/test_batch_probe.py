@@ -274,10 +274,17 @@ class Normed(Discriminator):
             norm = nn.BatchNorm1d(8)
             self.heads = nn.ModuleList([nn.Sequential(first, norm, nn.SiLU(), nn.Linear(8, 3))])
 
-    def forward(
-        self, images: Tensor, labels: Tensor | None = None, generator: object = None
-    ) -> list[Tensor]:
-        return [self.heads[0](images.flatten(1))]
+    def compute_in(self, features: torch.dtype | None, heads: torch.dtype | None) -> None:
+        """In what it is made of."""
+
+    def views(self, images: Tensor, generator: object) -> list[Tensor]:
+        return [images]
+
+    def features(self, index: int, view: Tensor, labels: Tensor | None) -> list[Tensor]:
+        return [view]
+
+    def judge(self, index: int, features: list[Tensor], labels: Tensor | None) -> Tensor:
+        return self.heads[0](features[0].flatten(1))
 
 
 def test_training_is_the_same_as_with_the_number_and_resumes_with_it(
@@ -336,14 +343,18 @@ def test_running_out_of_memory_is_a_line_with_what_to_try_which_then_works(
     for given, right in (("null", "batch_gpu=4,"), ("4", "batch_gpu=2,")):
         ended = command("train", *SMALL, "run_dir=run", f"batch_gpu={given}")
         assert "out of memory, with batch_gpu=" in refusal(ended) and right in refusal(ended)
+        assert "or generator.checkpoint=true would be right" in refusal(ended)
         failed = json.loads(Path("run/state.json").read_text())
         assert failed["status"] == "failed" and failed["exit_code"] == 1
+        assert "error: " + failed["message"] == refusal(ended)
     # Nothing was saved, so that the same folder may be begun again.
     assert command("train", *SMALL, "run_dir=run", "batch_gpu=2").code == 0
     assert chosen("run") == 2 and tensors("run", 16)
     limited(monkeypatch, PlainStep, 0)
     ended = command("train", *SMALL, "run_dir=other", "batch_gpu=1")
-    assert "with batch_gpu=1, precision=bf16" in refusal(ended)
+    assert "with batch_gpu=1, generator.checkpoint=true, precision=bf16" in refusal(ended)
+    again = ("run_dir=other", "generator.checkpoint=true", "batch_gpu=1")
+    assert "with batch_gpu=1, precision=bf16" in refusal(command("train", *SMALL, *again))
 
 
 def test_pretraining_too(command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +363,7 @@ def test_pretraining_too(command: CommandLine, monkeypatch: pytest.MonkeyPatch) 
         *("network.model_channels=8", "data.workers=0", "run_dir=run", "optim.cosine=false"),
     )
     limited(monkeypatch, EdmStep, 4)
-    assert "batch_gpu=4, the next smaller one" in refusal(command("pretrain", *small))
+    assert "batch_gpu=4, the next smaller one, would be" in refusal(command("pretrain", *small))
     monkeypatch.setattr(batch_probe, "memory_of", lambda device: Card())
     ended = command("pretrain", *small, "batch_gpu=auto")
     assert ended.code == 0 and chosen("run") == 4, ended

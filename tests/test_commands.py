@@ -229,6 +229,10 @@ def test_what_exists_is_not_overwritten(command: CommandLine, tiny: str) -> None
         ("sampler.kind=ddim", "sampler.kind=ddim"),
         ("sampler.steps=0", "sampler.steps=0"),
         ("sampler.mid_sigma=0.8", "sampler.mid_sigma"),
+        ("sampler.steps=2 sampler.mid_sigma=inf", "sampler.mid_sigma=inf"),
+        ("sampler.kind=heun sampler.steps=10001", "at most 10000"),
+        ("batch=99999999999999999999", "batch="),
+        ("checkpoint=" + "x" * 300, "does not exist"),
         ("checkpoint=.", "checkpoint=. holds no network"),
     ],
 )
@@ -236,6 +240,18 @@ def test_sampling_mistakes(command: CommandLine, tiny: str, overrides: str, part
     given = [f"checkpoint={tiny}"] * ("checkpoint" not in overrides)
     line = command("sample", *given, "out=new", "device=cpu", *overrides.split()).error
     assert part in line and command.files() == []
+
+
+def test_weights_that_are_not_finite(command: CommandLine, tmp_path: Path, tiny: str) -> None:
+    file = load_network_file(tiny)
+    file.state["model.out_conv.bias"][0] = torch.nan
+    broken = tmp_path / "broken.safetensors"
+    save_file(file.state, broken, file.metadata)
+    for name, *more in (("sample", "out=new"), ("evaluate", "out=new.json", "reference=digits")):
+        more += ["extractor=pca:2"] if name == "evaluate" else []
+        line = command(name, f"checkpoint={broken}", "device=cpu", *more).error
+        assert "model.out_conv.bias is not finite" in line and str(broken) in line
+    assert command.files() == []
 
 
 def test_evaluation_mistakes(command: CommandLine, tiny: str) -> None:

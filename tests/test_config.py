@@ -171,7 +171,7 @@ def test_published_recipes(name: str) -> None:
     assert (s.ema_half_life, s.ema_ramp) == (half_life, 0.05)
     assert (s.r1_gamma, s.r1_interval, s.published_batch_gpu) == (1e-4, 16, local)
     assert (s.loss, s.reduction, s.nonfinite) == ("nonsaturating", "mean", "skip")
-    assert (s.steps, s.share_fakes, s.discriminator_bf16) == (1, False, False)
+    assert (s.steps, s.share_fakes, s.scale_losses) == (1, False, False)
     assert config.discriminator.backbones == backbones and config.discriminator.augment == []
     assert config.freeze.level == (1 if name.endswith("_f") else 0)
     assert config.run_dir == f"runs/{name}" and config.device is cfg.Device.cuda

@@ -1,4 +1,4 @@
-"""The demo over three seeds, with everything trainable, and from random weights: make demo-study.
+"""The demo over three seeds, its variants and its controls: make demo-study.
 
 Each run is a folder of its own and is not repeated when it is already done.
 """
@@ -29,7 +29,19 @@ def variants() -> dict[str, list[str]]:
         f"discriminator.network={TEACHER}",
         "freeze.level=0",
     ]
-    return {"d2o_f": [], "d2o": ["freeze.level=0"], "random_weights": random_weights}
+    fast = ["engine=fast"]
+    return {
+        "d2o_f": [],
+        "fast": fast,
+        "fresh_fakes": [*fast, "share_fakes=false"],
+        "bf16": [*fast, "precision=bf16"],
+        "fp16": [
+            *fast,
+            *(f"arithmetic.{part}=fp16" for part in ("generator", "backbones", "heads")),
+        ],
+        "d2o": ["freeze.level=0"],
+        "random_weights": random_weights,
+    }
 
 
 def study(out: Path, overrides: list[str]) -> dict[str, Any]:
@@ -70,6 +82,10 @@ def markdown(summary: dict[str, Any]) -> str:
         "untuned": "EDM model, one step, un-tuned",
         "heun": f"EDM model, Heun {summary['heun_steps']} steps",
         "d2o_f": "D2O-F: convolutions frozen, one step",
+        "fast": "D2O-F with `engine=fast`",
+        "fresh_fakes": "the same with `share_fakes=false`, the published schedule",
+        "bf16": "the same with `precision=bf16`",
+        "fp16": "the same in fp16",
         "d2o": "D2O: all parameters trained, one step",
         "random_weights": "the same GAN from random weights",
     }

@@ -250,8 +250,8 @@ MUTANTS = (
     Mutant(
         "R1 on augmented reals",
         "fastgan/training/step.py",
-        "self._logits(images, take(labels, part), None)",
-        'self._logits(images, take(labels, part), self._streams["augment", "D"])',
+        "self.discriminator(images, take(labels, part), None)",
+        'self.discriminator(images, take(labels, part), self._streams["augment", "D"])',
         "tests/training/test_step.py::test_r1_comes_every_16th_time_on_bare_reals_with_their_labels",
     ),
     Mutant(
@@ -264,9 +264,11 @@ MUTANTS = (
     Mutant(
         "fakes and reals in one pass through D",
         "fastgan/training/step.py",
-        "        logits = self._discriminate(images, labels, augment)\n        loss = loss_of",
-        "        both = self._discriminate(torch.cat([images, -images]), None, augment)\n"
-        "        logits = [x.chunk(2)[0] for x in both]\n        loss = loss_of",
+        '                features = self._encode(shown.images, labels, "D")\n'
+        "        logits = self._judge(features, labels)\n",
+        "                both = torch.cat([shown.images, -shown.images])\n"
+        '                features = self._encode(both, None, "D")\n'
+        "        logits = [x.chunk(2)[0] for x in self._judge(features, None)]\n",
         "tests/training/test_step.py::test_fakes_and_reals_pass_apart",
     ),
     Mutant(

@@ -12,6 +12,7 @@ serves all networks. The published levels `features[:13], [:23], [:33], [:43]` a
 from collections.abc import Sequence
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from fastgan.discriminator.backbone_weights import create_model
@@ -25,6 +26,8 @@ LEVELS = 4
 # The deepest head halves a map of the grid's size once and then needs four pixels.
 MIN_GRID = 8
 VIT_CHANNELS = (96, 192, 384, 768)
+# Their few numbers, a BatchNorm's variances first of all, lose most by rounding and cost least.
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
 class Backbone(nn.Module):
@@ -68,6 +71,13 @@ class Backbone(nn.Module):
         """Makes the BatchNorms behind convolutions parts of them; how many. The maps stay."""
         weight = next(self.extractor.parameters())
         return fold_batch_norms(self.extractor, weight.new_zeros(1, 3, self.size, self.size))
+
+    def store(self, dtype: torch.dtype) -> None:
+        """Keeps the pre-trained weights in `dtype` from now on, but not those of norms."""
+        for module in self.extractor.modules():
+            if not isinstance(module, _NORMS):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(dtype)
 
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode whatever is asked."""

@@ -13,11 +13,13 @@ class Discriminator(nn.Module):
     """Trained `heads` on frozen features.
 
     Calling it on images [N, C, H, W] in [-1, 1] (and one-hot labels [N, label_dim]) returns a list
-    of logits [N, patches] in the parameters' dtype; the loss averages within an entry and sums over
+    of logits [N, patches] in the heads' own dtype; the loss averages within an entry and sums over
     entries. `generator` makes the draws of DiffAugment; None leaves images alone (R1 does).
     """
 
     heads: nn.ModuleList
+    # Policies of DiffAugment; without any, every view of an image is the image.
+    augment: tuple[str, ...] = ()
     # How many feature networks answer.
     branches = 1
     # Names of the submodules whose tensors come from files of their own, not from checkpoints.
@@ -31,18 +33,32 @@ class Discriminator(nn.Module):
         generator: torch.Generator | None = None,
     ) -> list[Tensor]:
         views = self.views(images, generator)
-        return [self.branch(i, view, labels) for i, view in enumerate(views)]
+        return [
+            self.judge(i, self.features(i, view, labels), labels) for i, view in enumerate(views)
+        ]
 
     def views(self, images: Tensor, generator: torch.Generator | None) -> list[Tensor]:
         """What each branch looks at: the images, augmented for each of them apart."""
         raise NotImplementedError
 
-    def branch(self, index: int, view: Tensor, labels: Tensor | None) -> Tensor:
-        """One feature network's logits [N, patches]; draws nothing at random."""
+    def features(self, index: int, view: Tensor, labels: Tensor | None) -> list[Tensor]:
+        """What one feature network shows its heads: nothing in it trains or is random."""
         raise NotImplementedError
 
-    def store_frozen(self, dtype: torch.dtype) -> None:
-        """Keeps what no checkpoint holds, the pre-trained features, in `dtype` from now on."""
+    def judge(self, index: int, features: list[Tensor], labels: Tensor | None) -> Tensor:
+        """The logits [N, patches] of one feature network's heads."""
+        raise NotImplementedError
+
+    def compute_in(self, features: torch.dtype | None, heads: torch.dtype | None) -> None:
+        """What the frozen features and the heads compute in from now on; None: as parameters are.
+
+        Parameters, the statistics of BatchNorm and the logits stay as they are.
+        """
+        raise NotImplementedError
+
+    def store_frozen(self) -> None:
+        """Keeps weights that no checkpoint holds in the dtype that they compute in, for good."""
+        raise NotImplementedError
 
     def fold(self) -> int:
         """Before training: makes BatchNorms of the pre-trained features parts of convolutions.

@@ -5,7 +5,6 @@ that data's own classes, hence computed here from the user's data set.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 from fastgan.data import ImageDataset
 from fastgan.discriminator.backbones import Backbone
 from fastgan.errors import UserError
+from fastgan.files import replacement, require_file
 
 
 def class_means(
@@ -57,29 +57,22 @@ def save_class_embedding(
     """
     metadata = {"format": "fastgan class embedding", "version": "1", "counts": json.dumps(counts)}
     metadata |= {key: json.dumps(value) for key, value in origin.items()}
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        save_file({"embedding": embedding.contiguous()}, aside, metadata=metadata)
-        os.replace(aside, path)
+        with replacement(path) as aside:
+            save_file({"embedding": embedding.contiguous()}, aside, metadata=metadata)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"cannot write the class embedding ({error}), at {path}, a writable folder expected"
+            f"cannot write the class embedding ({error}), at {path}, free space expected"
         ) from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def load_class_embedding(path: str | Path, label_dim: int) -> Tensor:
     """The float32 embedding [label_dim, width]; UserError for another file or number of rows."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(
-            f"no class embedding, at {path}, a file of tools/class_embedding.py expected"
-        )
+    path = require_file(path, "a class embedding, which tools/class_embedding.py makes")
     try:
         with safe_open(path, framework="pt") as file:
             embedding: Tensor = file.get_tensor("embedding")
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
             f"cannot read the class embedding ({error}), at {path}, "
             "a .safetensors file with a tensor named embedding expected"

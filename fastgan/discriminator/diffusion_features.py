@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from fastgan.discriminator.augment import check_policy, diff_augment
 from fastgan.discriminator.base import Discriminator
+from fastgan.discriminator.heads import HeadConv2d, heads_compute_in
+from fastgan.models.layers import cast_frozen
 from fastgan.seeding import seeded
 
 FINAL_SIZE = 4
@@ -20,6 +22,8 @@ FINAL_SIZE = 4
 
 class FeatureNetwork(Protocol):
     """What is asked of the pre-trained network; fastgan.models.Precond has it."""
+
+    compute_dtype: torch.dtype | None
 
     def features(self, x: Tensor, sigma: float, class_labels: Tensor | None = None) -> list[Tensor]:
         """One map [N, C_i, H_i, W_i] per encoder resolution, shallow to deep."""
@@ -54,28 +58,37 @@ class DiffusionDiscriminator(Discriminator):
         with torch.no_grad(), seeded(seed):
             self.heads = nn.ModuleList(
                 _StrideHead(x.shape[1], x.shape[-1], width, label_dim)
-                for x in self._maps(example, None)
+                for x in self.features(0, example, None)
             )
         self.heads.to(example.device)
 
     def views(self, images: Tensor, generator: torch.Generator | None) -> list[Tensor]:
         return [images if generator is None else diff_augment(images, self.augment, generator)]
 
-    def branch(self, index: int, view: Tensor, labels: Tensor | None) -> Tensor:
-        """Patches of the encoder's maps, shallow to deep, then of the pixels."""
-        maps = zip(self.heads, self._maps(view, labels), strict=True)
-        return torch.cat([head(x, labels).flatten(1) for head, x in maps], dim=1)
+    def features(self, index: int, view: Tensor, labels: Tensor | None) -> list[Tensor]:
+        """The encoder's maps, shallow to deep, then the pixels."""
+        network = cast(FeatureNetwork, self.network)
+        classes = labels if self.label_dim else None
+        return [*network.features(view, self.sigma, class_labels=classes), view]
+
+    def judge(self, index: int, features: list[Tensor], labels: Tensor | None) -> Tensor:
+        heads = zip(self.heads, features, strict=True)
+        return torch.cat([head(x, labels).flatten(1) for head, x in heads], dim=1)
+
+    def compute_in(self, features: torch.dtype | None, heads: torch.dtype | None) -> None:
+        self.network.compute_dtype = features  # type: ignore[assignment]
+        heads_compute_in(self.heads, heads)
+
+    def store_frozen(self) -> None:
+        dtype = cast(FeatureNetwork, self.network).compute_dtype
+        if dtype is not None:
+            cast_frozen(self.network, dtype)
 
     def train(self, mode: bool = True) -> Self:
         """The frozen encoder stays in eval mode (dropout off)."""
         super().train(mode)
         self.network.eval()
         return self
-
-    def _maps(self, images: Tensor, labels: Tensor | None) -> list[Tensor]:
-        network = cast(FeatureNetwork, self.network)
-        classes = labels if self.label_dim else None
-        return [*network.features(images, self.sigma, class_labels=classes), images]
 
 
 class _StrideHead(nn.Module):
@@ -86,20 +99,21 @@ class _StrideHead(nn.Module):
         assert size >= 2, "a map of one pixel cannot be halved"
         blocks: list[nn.Module] = []
         while size > FINAL_SIZE or not blocks:
-            blocks += [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+            blocks += [HeadConv2d(in_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
             in_channels, size = width, size // 2
         self.main = nn.Sequential(*blocks)
-        self.out = nn.Conv2d(width, 1, 3, padding=1)
+        self.out = HeadConv2d(width, 1, 3, padding=1)
         self.embed = nn.Linear(label_dim, width, bias=False) if label_dim else None
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         """Logits [N, 1, h, w] for maps [N, in_channels, H, W] and one-hot labels."""
-        x = self.main(x.to(self.out.weight.dtype))
+        x = self.main(x)
         logits = self.out(x)
         if self.embed is None:
             return logits
         assert labels is not None and labels.shape[1] == self.embed.in_features
-        match = (self.embed(labels.to(x.dtype)) * x.mean(dim=(2, 3))).sum(dim=1)
+        pooled = x.to(logits.dtype).mean(dim=(2, 3))
+        match = (self.embed(labels.to(logits.dtype)) * pooled).sum(dim=1)
         return logits + match[:, None, None, None] / math.sqrt(x.shape[1])
 
 

@@ -21,6 +21,30 @@ EMBEDDING_WIDTH = 320
 PRODUCT_WIDTH = 64
 
 
+class HeadConv2d(nn.Conv2d):
+    """A convolution in `compute_dtype` (None: its parameters') of weights kept as they are.
+
+    Explicit: on a GPU autocast would also round the power iteration of a spectral norm.
+    """
+
+    compute_dtype: torch.dtype | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.compute_dtype or self.weight.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return self._conv_forward(x.to(dtype), self.weight.to(dtype), bias)
+
+
+def heads_compute_in(heads: nn.Module, dtype: torch.dtype | None) -> None:
+    """Sets what the convolutions of `heads` compute in; None: their parameters' dtype.
+
+    Those that make logits, of one channel, stay in their parameters' dtype.
+    """
+    for module in heads.modules():
+        if isinstance(module, HeadConv2d) and module.out_channels > 1:
+            module.compute_dtype = dtype
+
+
 class PatchHead(nn.Module):
     """One unconditional head: maps [N, in_channels, H, W] -> logits [N, 1, h, w].
 
@@ -71,7 +95,7 @@ class ConditionalPatchHead(nn.Module):
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits [N, 1, h, w] for maps [N, in_channels, H, W] of classes `labels` [N, classes]."""
         assert labels is not None and labels.shape == (len(x), self.embed.num_embeddings)
-        maps = self.cls(self.main(x))
+        maps = self.cls(self.main(x)).to(self.embed.weight.dtype)
         weights = self.embed_proj(self.embed(labels.argmax(dim=1)))[:, :, None, None]
         return (maps * weights).sum(dim=1, keepdim=True) / math.sqrt(maps.shape[1])
 
@@ -85,7 +109,7 @@ class _DownBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        convolution = nn.Conv2d(in_channels, out_channels, 4, stride=2, padding=1)
+        convolution = HeadConv2d(in_channels, out_channels, 4, stride=2, padding=1)
         self.main = nn.Sequential(
             spectral_norm(convolution), nn.BatchNorm2d(out_channels), nn.LeakyReLU(0.2)
         )
@@ -121,4 +145,4 @@ def _down_blocks(
 
 
 def _last_convolution(in_channels: int, out_channels: int) -> nn.Module:
-    return spectral_norm(nn.Conv2d(in_channels, out_channels, 4, bias=False))
+    return spectral_norm(HeadConv2d(in_channels, out_channels, 4, bias=False))

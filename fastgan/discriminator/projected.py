@@ -4,6 +4,7 @@ Sauer et al. 2021 ("Projected GANs Converge Faster"); one list entry of logits p
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,12 @@ from torch import Tensor, nn
 from fastgan.discriminator.augment import check_policy, diff_augment
 from fastgan.discriminator.backbones import Backbone, load_backbone
 from fastgan.discriminator.base import Discriminator
-from fastgan.discriminator.heads import EMBEDDING_WIDTH, ConditionalPatchHead, PatchHead
+from fastgan.discriminator.heads import (
+    EMBEDDING_WIDTH,
+    ConditionalPatchHead,
+    PatchHead,
+    heads_compute_in,
+)
 from fastgan.discriminator.projection import RandomProjection
 from fastgan.errors import UserError
 from fastgan.seeding import seeded
@@ -47,6 +53,7 @@ class ProjectedDiscriminator(Discriminator):
         self.heads = nn.ModuleList(
             _BranchHeads(p.out_channels, embedding if label_dim else None) for p in projections
         )
+        self._features_dtype: torch.dtype | None = None
         self.loaded_elsewhere = tuple(f"backbones.{i}.extractor" for i in range(len(backbones)))
         self.provenance = [backbone.provenance for backbone in backbones]
 
@@ -55,14 +62,29 @@ class ProjectedDiscriminator(Discriminator):
             return [images] * len(self.heads)
         return [diff_augment(images, self.augment, generator) for _ in self.heads]
 
-    def branch(self, index: int, view: Tensor, labels: Tensor | None) -> Tensor:
-        """One backbone's logits. Call fakes and reals apart: BatchNorm sees a batch."""
-        maps = self.projections[index](self.backbones[index](view))
-        return self.heads[index](maps, labels)
+    def features(self, index: int, view: Tensor, labels: Tensor | None) -> list[Tensor]:
+        """One backbone's mixed maps, shallow to deep."""
+        with self._arithmetic(view.device.type):
+            return self.projections[index](self.backbones[index](view))
 
-    def store_frozen(self, dtype: torch.dtype) -> None:
-        for prefix in self.loaded_elsewhere:
-            self.get_submodule(prefix).to(dtype)
+    def judge(self, index: int, features: list[Tensor], labels: Tensor | None) -> Tensor:
+        """One backbone's logits. Call fakes and reals apart: BatchNorm sees a batch."""
+        return self.heads[index](features, labels)
+
+    def compute_in(self, features: torch.dtype | None, heads: torch.dtype | None) -> None:
+        self._features_dtype = features
+        heads_compute_in(self.heads, heads)
+
+    def _arithmetic(self, device: str) -> AbstractContextManager[object]:
+        if self._features_dtype is None:
+            return nullcontext()
+        # Feature networks are anybody's: autocast knows what must be float32 in them.
+        return torch.autocast(device, self._features_dtype)
+
+    def store_frozen(self) -> None:
+        if self._features_dtype is not None:
+            for backbone in self.backbones:
+                backbone.store(self._features_dtype)  # type: ignore[operator]
 
     def fold(self) -> int:
         return sum(backbone.fold() for backbone in self.backbones)  # type: ignore[operator]

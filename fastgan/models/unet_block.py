@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastgan.models.init import FAN_IN, Init
 from fastgan.models.layers import Conv2d, GroupNorm, Linear
@@ -18,6 +19,9 @@ class UNetBlock(nn.Module):
     `adaptive_scale` (ADM): the embedding scales and shifts the second norm's output; otherwise it
     is added before that norm (SongUNet). `num_heads` None derives it from `channels_per_head`.
     """
+
+    recomputed = False
+    """Whether autograd keeps x and emb alone, and backward computes the block again."""
 
     def __init__(
         self,
@@ -67,6 +71,12 @@ class UNetBlock(nn.Module):
             self.proj = Conv2d(out_channels, out_channels, 1, init=init_last)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        if not (self.recomputed and torch.is_grad_enabled()):
+            return self._compute(x, emb)
+        # Nothing in it is random: no generator's state is read, which a CUDA graph could not.
+        return checkpoint(self._compute, x, emb, use_reentrant=False, preserve_rng_state=False)
+
+    def _compute(self, x: Tensor, emb: Tensor) -> Tensor:
         dtype = x.dtype
         return frozen_unet_block(
             x,
@@ -106,3 +116,15 @@ class UNetBlock(nn.Module):
             self.proj.parameters_of_conv(dtype),
             self.num_heads,
         )
+
+
+def recompute_blocks(network: nn.Module) -> None:
+    """Activation checkpointing: every block of `network` keeps its input alone for backward.
+
+    The gradients stay the same, for one more forward pass of the blocks. Blocks that drop out are
+    refused by an assertion: the second pass would drop others.
+    """
+    for module in network.modules():
+        if isinstance(module, UNetBlock):
+            assert not module.dropout, "a block with dropout cannot be computed twice"
+            module.recomputed = True

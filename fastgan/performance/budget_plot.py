@@ -5,10 +5,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from fastgan.errors import UserError
 from fastgan.files import replace_atomically
 from fastgan.performance.budget import Budget
 from fastgan.performance.budget_table import HOURS
+from fastgan.performance.pyplot import import_pyplot
 
 # Okabe and Ito's colours, told apart with any colour vision; markers tell them apart without.
 STYLES = {"A100": ("#D55E00", "o"), "H100": ("#0072B2", "s"), "H200": ("#009E73", "^")}
@@ -17,7 +17,7 @@ _COLUMNS = 3
 
 def save_plot(budgets: Sequence[Budget], path: Path) -> None:
     """Writes a PNG. UserError: matplotlib is not installed, `path` cannot be written."""
-    plt = _import_pyplot()
+    plt = import_pyplot("--plot")
     groups = [list(group) for _, group in groupby(budgets, lambda budget: budget.experiment)]
     columns = min(_COLUMNS, len(groups))
     rows = -(-len(groups) // columns)
@@ -40,20 +40,6 @@ def save_plot(budgets: Sequence[Budget], path: Path) -> None:
             figure.savefig(file, format="png", dpi=120)
     finally:
         plt.close(figure)
-
-
-def _import_pyplot() -> Any:
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "matplotlib is not installed, needed for --plot, "
-            "install it with: pip install 'fastgan[plot]'"
-        ) from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def _panel(axis: Any, budgets: list[Budget]) -> None:

@@ -4,7 +4,8 @@ Per image, as fastgan/training/step.py does it (G and D: forward FLOP; dx, dw: g
 and weights, each as many FLOP as forward, attention's dx twice as many):
 
     G step   G + D + dx of D + dx and dw of G, dw only where a parameter trains
-    D step   G, unless fakes are shared, + 2 (D + dw of the heads + dx inside the heads)
+    D step   G, unless fakes are shared, + 2 (D + dw of the heads + dx inside the heads), without
+             the frozen part of D for shared fakes that are not augmented
     R1       (D + dx of D + dx of the frozen part + heads again + 2 dw and dx of the heads) / 16
 
 R1's second backward differentiates dx for the heads' parameters. dx is linear in the gradient, so
@@ -167,12 +168,14 @@ def _discriminator(d: cfg.DiscriminatorConfig, generator: Precond) -> Discrimina
     label_dim = generator.label_dim
     if d.kind is cfg.DiscriminatorKind.projected:
         weights = dict.fromkeys(d.backbones, "random")
-        return build_projected(list(d.backbones), weights, label_dim=label_dim)
+        return build_projected(list(d.backbones), weights, label_dim=label_dim, augment=d.augment)
     encoder, unet = generator, generator.model
     if d.network is not None:
         encoder = _network(_described(d.network, "discriminator.network"))
     shape = (unet.img_channels, unet.img_resolution, unet.img_resolution)
-    return DiffusionDiscriminator(encoder, shape, width=d.width, label_dim=label_dim)
+    return DiffusionDiscriminator(
+        encoder, shape, width=d.width, label_dim=label_dim, augment=tuple(d.augment)
+    )
 
 
 def _network(architecture: Mapping[str, Any]) -> Precond:
@@ -195,9 +198,10 @@ def _iteration(networks: Networks, share_fakes: bool, r1_interval: int) -> Itera
     seen_by_g = networks.discriminator_layers(image_grad=True)
     seen_by_d = networks.discriminator_layers(image_grad=False)
     r1 = 1 / r1_interval if r1_interval else 0.0
+    encoded_again = not (share_fakes and not networks.discriminator.augment)
     work = [_generator_work(layer, share_fakes) for layer in generator]
     pairs = zip(seen_by_g, seen_by_d, strict=True)
-    work += [_discriminator_work(attacked, trained, r1) for attacked, trained in pairs]
+    work += [_discriminator_work(*pair, r1, encoded_again) for pair in pairs]
     parameters = _parameters(networks)
     return Iteration(tuple(generator), tuple(seen_by_g), tuple(work), parameters, r1 > 0)
 
@@ -207,7 +211,7 @@ def _generator_work(layer: Layer, share_fakes: bool) -> Work:
     return Work("generator", layer, forward, layer.input_grad, layer.trains)
 
 
-def _discriminator_work(attacked: Layer, trained: Layer, r1: float) -> Work:
+def _discriminator_work(attacked: Layer, trained: Layer, r1: float, encoded_again: bool) -> Work:
     """`attacked`: with a gradient down to the image; `trained`: without. See the formula above."""
     part = part_of(attacked.name)
     forward, input_grad = 1.0, float(attacked.input_grad)  # G step
@@ -218,7 +222,7 @@ def _discriminator_work(attacked: Layer, trained: Layer, r1: float) -> Work:
         input_grad += r1 * (attacked.input_grad + trained.input_grad)
         weight_grad += 2 * r1 * trained.trains
     else:
-        forward += r1
+        forward += r1 - (not encoded_again)
         input_grad += 2 * r1 * attacked.input_grad
     return Work(part, attacked, forward, input_grad, weight_grad)
 

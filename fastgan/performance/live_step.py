@@ -1,4 +1,4 @@
-"""A training step of any experiment to measure: random weights and data, nothing to download.
+"""A training step of any experiment to measure: random weights, nothing to download.
 
 Speed, memory and the order of kernels do not depend on the numbers in the weights.
 """
@@ -18,17 +18,19 @@ from fastgan.cli import compose
 from fastgan.distributed import World
 from fastgan.engine import make_step, prepare_process, step_settings
 from fastgan.errors import UserError
-from fastgan.models.freeze import freeze
 from fastgan.models.published import PUBLISHED_NETWORKS
 from fastgan.training.state import StepResult
 from fastgan.training.step import PlainStep
+
+# Where `data.path` says so, the images are noise that no file holds.
+NOISE = "noise"
 
 
 class NoiseImages:
     """A dataset of uniform noise in the shape that a network wants, one batch large."""
 
     def __init__(self, count: int, resolution: int, channels: int, label_dim: int) -> None:
-        self.name = "noise"
+        self.name = NOISE
         self.resolution, self.channels, self.label_dim = resolution, channels, label_dim
         draw = np.random.default_rng(0)
         shape = (count, channels, resolution, resolution)
@@ -47,11 +49,14 @@ class NoiseImages:
 
 @dataclass
 class LiveStep:
-    """A step with its data: `run(k)` is iteration k as training would do it."""
+    """A step with its data: `run(k)` is iteration k as training would do it.
+
+    Training enters `draw` and leaves it in the end; noise needs neither.
+    """
 
     config: cfg.TrainConfig
     step: PlainStep
-    draw: build.Draw
+    draw: build.Batches
 
     def run(self, iteration: int) -> StepResult:
         reals, labels = self.draw(iteration)
@@ -62,12 +67,13 @@ class LiveStep:
 
 
 def measured_config(experiment: str, overrides: list[str]) -> cfg.TrainConfig:
-    """configs/experiment/NAME.yaml with random weights and no files; `overrides` come last.
+    """configs/experiment/NAME.yaml with random weights and no files; `overrides` come last, also
+    `data.path` of a dataset in place of noise.
 
     A published experiment takes its published network, the others need `init.network` (or their
     own `init.path`) among the overrides. UserError as `python -m fastgan.train` would say it.
     """
-    base = [f"experiment={experiment}", "data.path=noise", "run_dir=unused"]
+    base = [f"experiment={experiment}", f"data.path={NOISE}", "run_dir=unused"]
     dataset = experiment.removesuffix("_f").removesuffix("_d2o")
     if dataset in PUBLISHED_NETWORKS:
         base.append("init.path=null")
@@ -88,10 +94,10 @@ def live_step(config: cfg.TrainConfig, device: torch.device) -> LiveStep:
     """Builds the step of `config` on `device` in this process alone."""
     world = World(rank=0, local_rank=0, size=1, device=device)
     prepare_process(config, device)
-    data = _noise_for(config)
+    data = _noise_for(config) if config.data.path == NOISE else build.dataset(config.data)
     network = build.generator(config, data).network
     discriminator = build.discriminator(config, network, data)
-    freeze(network, config.freeze.level)
+    build.prepare_generator(config, network)
     step = make_step(config, step_settings(config, world), network, discriminator, world)
     return LiveStep(config, step, build.batches(data, config, network.label_dim, world))
 

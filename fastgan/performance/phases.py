@@ -29,8 +29,9 @@ def marked_phases(step: PlainStep) -> Iterator[frozenset[str]]:
     """
     calls: list[tuple[str, Any, str]] = [
         ("generator", step, "_generate"),
-        ("discriminator", step, "_discriminate"),
-        ("discriminator", step, "_logits"),
+        ("discriminator", step, "_encode"),
+        ("discriminator", step, "_judge"),
+        ("discriminator", step.discriminator, "forward"),
         ("ema", step_module, "update_ema"),
     ]
     calls += [("optimiser", c, "__call__") for c in {type(step.update_g), type(step.update_d)}]

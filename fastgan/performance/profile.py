@@ -12,9 +12,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
+from fastgan import checks
 from fastgan import config as cfg
 from fastgan.errors import UserError
 from fastgan.performance.iteration import iteration_flop
@@ -24,6 +24,7 @@ from fastgan.performance.profile_report import summary
 from fastgan.performance.report.rates import product_rate
 from fastgan.performance.report.results import header, samples, write_json
 from fastgan.performance.trace import WINDOW, read_events, timeline
+from fastgan.training.health import Skips
 
 # Their trace still opens in a browser: an iteration of the largest network has some 1e5 events.
 PROFILED_ITERATIONS = 2
@@ -57,6 +58,11 @@ def profile_step(config: cfg.TrainConfig, request: Request) -> dict[str, Any]:
     run here, a folder that cannot be written, too little memory.
     """
     device = _device(config)
+    if config.batch_gpu == checks.AUTO:
+        raise UserError(
+            "batch_gpu=auto is settled by trials of a training, a profile has none, batch_gpu=N "
+            "with the number in the training's log would be right"
+        )
     if request.r1 and not config.loss.r1_interval:
         raise UserError(
             "R1 is off, --r1 with loss.r1_interval=0, loss.r1_interval=16 would be published"
@@ -77,7 +83,22 @@ def _measured(config: cfg.TrainConfig, request: Request, device: torch.device) -
     # First, while there is memory; on a CPU nothing is a speed, nor a share of one.
     rate = product_rate("bf16", tiny=False)["median"] if device.type == "cuda" else None
     live = live_step(config, device)
-    interval = config.loss.r1_interval
+    with live.draw:
+        speed, profiles = _run(live, request, device)
+    flop = _flop_per_image(config)
+    arithmetic = {
+        "gflop_per_image": flop / 1e9,
+        "matmul_flop_per_sec": rate,
+        "mfu": flop * speed["img_per_sec"] / rate if rate else None,
+    }
+    return {**_provenance(config, request, device), **speed, **arithmetic, "profiles": profiles}
+
+
+def _run(
+    live: LiveStep, request: Request, device: torch.device
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Speeds, and the profiles of an iteration without R1 and, if asked for, of one with it."""
+    interval = live.config.loss.r1_interval
     plain = (k for k in count(1) if not interval or k % interval)
     speed = _clocked(live, plain, request, device)
     profiles = {"step": _profiled(live, plain, device, request.out / "trace.json.gz")}
@@ -86,13 +107,7 @@ def _measured(config: cfg.TrainConfig, request: Request, device: torch.device) -
         for _ in range(live.step.settling):
             live.run(next(r1))
         profiles["r1"] = _profiled(live, r1, device, request.out / "trace-r1.json.gz")
-    flop = _flop_per_image(config)
-    arithmetic = {
-        "gflop_per_image": flop / 1e9,
-        "matmul_flop_per_sec": rate,
-        "mfu": flop * speed["img_per_sec"] / rate if rate else None,
-    }
-    return {**_provenance(config, request, device), **speed, **arithmetic, "profiles": profiles}
+    return speed, profiles
 
 
 def _clocked(
@@ -105,16 +120,16 @@ def _clocked(
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    skipped: list[Tensor] = []
+    skips = Skips(device)
     taken = [
-        _seconds(lambda: skipped.extend(live.run(next(numbers)).skipped.values()), device)
+        _seconds(lambda: skips.add(live.run(next(numbers)).skipped), device)
         for _ in range(request.iterations)
     ]
     return {
         "img_per_sec": live.config.batch / median(taken),
         "seconds_per_iteration": samples(taken),
         # A network that no longer trains skips part of the work.
-        "skipped_updates": sum(int(left_out) for left_out in skipped),
+        "skipped_updates": sum(skips.take().values()),
         "seconds_to_first_step": first,
         "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
     }

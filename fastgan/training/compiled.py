@@ -8,6 +8,7 @@ step's.
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,10 @@ from fastgan.models.layers import cast_frozen
 from fastgan.sampling import few_step
 from fastgan.training.ema import averaged_copy
 from fastgan.training.state import StepResult
-from fastgan.training.step import PlainStep, StepSettings
+from fastgan.training.step import PlainStep, Shown, StepSettings
+
+# A branch's in a run: G's phase and D's, of the networks and of a rehearsal's copies.
+_VARIANTS = 4
 
 
 class CompiledStep(PlainStep):
@@ -49,11 +53,11 @@ class CompiledStep(PlainStep):
                 generator, z, labels, steps=settings.steps, mid_sigma=settings.mid_sigma
             )
 
-        def branch(index: int) -> Callable[[Tensor, Tensor | None], Tensor]:
-            return lambda view, labels: discriminator.branch(index, view, labels)
-
+        branches = range(discriminator.branches)
         self._generate_compiled = self._compile(generate)
-        self._branches = [self._compile(branch(i)) for i in range(discriminator.branches)]
+        _allow_variants(_VARIANTS * discriminator.branches)
+        self._encoders = [self._compile(partial(discriminator.features, i)) for i in branches]
+        self._judges = [self._compile(partial(discriminator.judge, i)) for i in branches]
 
     def run(self, reals: Tensor, labels: Tensor | None, iteration: int) -> StepResult:
         if not self._prepared:
@@ -64,8 +68,7 @@ class CompiledStep(PlainStep):
         """What needs the final weights, before anything is compiled."""
         if self.generator.compute_dtype is not None:
             cast_frozen(self.generator, self.generator.compute_dtype)
-        if self.settings.discriminator_bf16:
-            self.discriminator.store_frozen(torch.bfloat16)
+        self.discriminator.store_frozen()
         if reals.is_cuda:
             self.discriminator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._prepared = True
@@ -83,23 +86,19 @@ class CompiledStep(PlainStep):
         networks = (generator, averaged_copy(generator), discriminator)
         CompiledStep(*networks, settings, alone, mode=self.mode).run(reals, labels, 0)
 
-    def _compile(self, function: Callable[..., Tensor]) -> Any:
+    def _compile(self, function: Callable[..., Any]) -> Any:
         return torch.compile(function, fullgraph=True, dynamic=False, mode=self.mode)
 
     def _generate(self, z: Tensor, labels: Tensor | None) -> Tensor:
         return self._generate_compiled(z, labels)
 
-    def _discriminate(
-        self, images: Tensor, labels: Tensor | None, augment: torch.Generator | None
-    ) -> list[Tensor]:
-        views = self.discriminator.views(images, augment)
-        with self._precision(images):
-            logits = [f(view, labels) for f, view in zip(self._branches, views, strict=True)]
-        return [x.to(images.dtype) for x in logits]
+    def _features(self, index: int, view: Tensor, labels: Tensor | None) -> list[Tensor]:
+        return self._encoders[index](view, labels)
 
-    def _accumulate_generator(
-        self, z: Tensor, labels: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _logits(self, index: int, features: list[Tensor], labels: Tensor | None) -> Tensor:
+        return self._judges[index](features, labels)
+
+    def _accumulate_generator(self, z: Tensor, labels: Tensor | None) -> tuple[Tensor, list[Shown]]:
         # A compiled backward computes every gradient that is asked for by requires_grad, whatever
         # `inputs=` says: in G's phase D must not ask.
         self.discriminator.requires_grad_(False)
@@ -107,3 +106,9 @@ class CompiledStep(PlainStep):
             return super()._accumulate_generator(z, labels)
         finally:
             self.discriminator.requires_grad_(True)
+
+
+def _allow_variants(number: int) -> None:
+    """Dynamo keeps the graphs of all that runs the same code together, and only so many of them."""
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, number)

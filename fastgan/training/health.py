@@ -20,30 +20,32 @@ class Diverged(Exception):
 class Skips:
     """Counts updates left out, on their device; the host asks once a tick."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._counts: dict[str, Tensor] = {}
-        self._in_a_row: Tensor | None = None
-        self._longest: Tensor | None = None
+        self._some, self._in_a_row, self._longest = torch.zeros(3, device=device).unbind()
 
     def add(self, skipped: dict[str, Tensor]) -> None:
         """`skipped`: for every update of an iteration 1 where it was left out, else 0."""
+        self._some.zero_()
         for name, left_out in skipped.items():
-            counted = self._counts.get(name)
-            self._counts[name] = left_out.clone() if counted is None else counted + left_out
-        some = torch.stack(list(skipped.values())).amax()
-        self._in_a_row = some if self._in_a_row is None else (self._in_a_row + 1) * some
-        longest = self._in_a_row if self._longest is None else self._longest
-        self._longest = torch.maximum(longest, self._in_a_row)
+            if name not in self._counts:
+                self._counts[name] = torch.zeros((), device=self._device)
+            self._counts[name].add_(left_out)
+            torch.maximum(self._some, left_out, out=self._some)
+        self._in_a_row.add_(1).mul_(self._some)
+        torch.maximum(self._longest, self._in_a_row, out=self._longest)
 
     def take(self) -> dict[str, int]:
         """How many of each update were left out since it was asked last; no zeros."""
         counts = {name: int(total) for name, total in self._counts.items()}
-        self._counts = {}
+        for total in self._counts.values():
+            total.zero_()
         return {name: count for name, count in counts.items() if count}
 
     def longest(self) -> int:
         """The most iterations in a row with something left out, since the start."""
-        return 0 if self._longest is None else int(self._longest)
+        return int(self._longest)
 
 
 class Health:

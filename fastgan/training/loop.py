@@ -1,7 +1,7 @@
 """The training loop: counts images, reports, saves, evaluates. The mathematics is in the step."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from torch import Tensor
 from fastgan.checkpoint.store import Checkpoint
 from fastgan.checkpoint.writer import CheckpointWriter
 from fastgan.distributed import World, all_reduce_sum, barrier, same_everywhere
-from fastgan.errors import UserError
+from fastgan.errors import UserError, one_line
 from fastgan.files import sweep
 from fastgan.models import Precond
 from fastgan.training.dump import dump
@@ -65,12 +65,13 @@ def run_loop(
     provenance: dict[str, Any],
     evaluate: Callable[[Precond, int], dict[str, float]],
     full_speed: float | None = None,
+    explained: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> None:
     """Trains from the latest checkpoint in `run_dir` (or from the start) to `total_images`.
 
     `draw(iteration)` gives this process's reals [local, C, H, W] and one-hot labels; `evaluate`
     is called on all processes with the averaged network at every snapshot and returns its metrics.
-    `full_speed`: see Monitor.
+    `full_speed`: see Monitor. Within `explained()` errors may become others, which say more.
     state.json says how it went; raises Diverged at the tick after MAX_SKIPPED iterations in a row
     without an update, and Preempted once SIGTERM or SIGUSR1 came and everything is saved.
     """
@@ -90,7 +91,7 @@ def run_loop(
         main=main,
         full_speed=full_speed,
     )
-    averages, skips, health, begun = Averages(), Skips(), Health(), nimg
+    averages, skips, health, begun = Averages(), Skips(world.device), Health(), nimg
     stop = StopRequest()
     writer = CheckpointWriter(checkpoints, keep=schedule.keep, main=main)
 
@@ -122,7 +123,7 @@ def run_loop(
             )
         writer.check()
 
-    with _outcome(monitor), stop.listening(), writer:
+    with _outcome(monitor), explained(), stop.listening(), writer:
         for line in (*([before] if before else []), *resumed.left_out):
             monitor.log(line)
         if nimg:
@@ -172,12 +173,18 @@ def _outcome(monitor: Monitor) -> Iterator[None]:
         monitor.state("diverged", DIVERGED, str(error))
         raise
     except BaseException as error:
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        monitor.state("failed", 1, kind + str(error))
+        monitor.state("failed", 1, _said(error))
         raise
     finally:
         monitor.close()
     monitor.state("done", 0)
+
+
+def _said(error: BaseException) -> str:
+    """An error in one line, with its type where it is no user's mistake."""
+    if isinstance(error, UserError):
+        return str(error)
+    return one_line(": ".join(filter(None, (type(error).__name__, str(error)))))
 
 
 def _mean_over_processes(means: dict[str, float], world: World) -> dict[str, float]:

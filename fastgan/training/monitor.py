@@ -17,7 +17,10 @@ from fastgan.run_state import RunState, Status, write_state
 
 
 class Averages:
-    """Sums scalars on their device; `take` reads the means once a tick and starts over."""
+    """Sums scalars on their device; `take` reads the means once a tick and starts over.
+
+    Between the ticks nothing is allocated and the device is not asked.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -25,12 +28,16 @@ class Averages:
 
     def add(self, scalars: dict[str, Tensor]) -> None:
         for name, value in scalars.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+            if name not in self._sums:
+                self._sums[name] = torch.zeros_like(value)
             self._counts[name] += 1
+        torch._foreach_add_([self._sums[name] for name in scalars], list(scalars.values()))
 
     def take(self) -> dict[str, float]:
-        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
-        self._sums, self._counts = {}, defaultdict(int)
+        means = {name: float(self._sums[name]) / count for name, count in self._counts.items()}
+        for total in self._sums.values():
+            total.zero_()
+        self._counts.clear()
         return means
 
 

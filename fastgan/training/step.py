@@ -5,13 +5,12 @@ comes from (seed, purpose, iteration), so that an iteration is a function of the
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgan.discriminator.base import Discriminator
 from fastgan.distributed import World
@@ -31,6 +30,17 @@ from fastgan.training.state import (
 )
 from fastgan.training.updater import Adam, NonFinite, Updater, linear_decay
 from kernels.dispatch import twice_differentiable
+
+# What each feature network of D shows its heads of some images.
+Features = list[list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The images, reals or fakes, of an accumulation round; D's features where they are known."""
+
+    images: Tensor
+    features: Features | None = None
 
 
 @dataclass(frozen=True)
@@ -58,8 +68,9 @@ class StepSettings:
     nonfinite: NonFinite = "skip"
     steps: int = 1
     mid_sigma: float | None = None
-    discriminator_bf16: bool = False
     adam: Adam = "torch"
+    scale_losses: bool = False
+    """Whether a part computes in float16, in which small gradients vanish."""
 
     @property
     def r1_weight(self) -> float:
@@ -97,6 +108,7 @@ class PlainStep:
             world=world,
             nonfinite=s.nonfinite,
             adam=s.adam,
+            scale_losses=s.scale_losses,
             lr_factor=linear_decay(s.total_images, s.decay_from),
         )
         # Lazy R1 takes one D step in interval + 1 more: Adam is slowed down to match (StyleGAN2).
@@ -150,7 +162,8 @@ class PlainStep:
             fakes = self._generate_without_graph(z, labels)
         scalars = self._accumulate_discriminator(reals, fakes, labels)
         if len(reals) > 1:
-            scalars["Loss/diversity"] = losses.diversity(torch.cat(fakes), reals)
+            images = torch.cat([fake.images for fake in fakes])
+            scalars["Loss/diversity"] = losses.diversity(images, reals)
         skipped["D"] = self.update_d(scalars["Loss/D"])
 
         # Lazy R1: a step of its own with D's optimiser, on the same reals without augmentation.
@@ -185,50 +198,54 @@ class PlainStep:
         """float64, of all that trains: the same bits in all processes."""
         return checksum(trainable(self.generator), trainable(self.discriminator.heads))
 
-    def _accumulate_generator(
-        self, z: Tensor, labels: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        augment = self._streams["augment", "G"]
+    def _accumulate_generator(self, z: Tensor, labels: Tensor | None) -> tuple[Tensor, list[Shown]]:
         total, fakes = z.new_zeros(()), []
+        # Augmented images differ between two passes, all others show D the same again.
+        again = self.settings.share_fakes and not self.discriminator.augment
         for part in rounds(len(z), self.settings.batch_gpu):
-            fake = self._generate(z[part], take(labels, part))
-            logits = self._discriminate(fake, take(labels, part), augment)
-            loss = losses.generator_loss(logits, self.settings.loss)
-            _backward(self._reduce(loss), self.update_g.parameters)
+            of_part = take(labels, part)
+            images = self._generate(z[part], of_part)
+            features = self._encode(images, of_part, "G")
+            loss = losses.generator_loss(self._judge(features, of_part), self.settings.loss)
+            _backward(self._reduce(loss), self.update_g)
             total += loss.detach().sum()
-            fakes.append(fake.detach())
+            kept = [[x.detach() for x in maps] for maps in features] if again else None
+            fakes.append(Shown(images.detach(), kept))
         return total / len(z), fakes
 
     def _accumulate_discriminator(
-        self, reals: Tensor, fakes: list[Tensor], labels: Tensor | None
+        self, reals: Tensor, fakes: list[Shown], labels: Tensor | None
     ) -> dict[str, Tensor]:
         """Leaves D's gradients; returns its loss and the mean signs of its logits."""
-        augment = self._streams["augment", "D"]
         totals = reals.new_zeros(3)
         for part, fake in zip(rounds(len(reals), self.settings.batch_gpu), fakes, strict=True):
             # Two passes: the heads' BatchNorm must not mix the statistics of fakes and reals.
-            of_part = take(labels, part)
-            loss_fake, sign_fake = self._pass(losses.fake_loss, fake, of_part, augment)
-            loss_real, sign_real = self._pass(losses.real_loss, reals[part], of_part, augment)
-            totals += torch.stack([loss_fake + loss_real, sign_real, sign_fake]) * len(fake)
+            real, of_part = Shown(reals[part]), take(labels, part)
+            loss_fake, sign_fake = self._pass(losses.fake_loss, fake, of_part)
+            loss_real, sign_real = self._pass(losses.real_loss, real, of_part)
+            totals += torch.stack([loss_fake + loss_real, sign_real, sign_fake]) * len(real.images)
         means = (totals / len(reals)).unbind()
         return dict(zip(("Loss/D", "Loss/sign_real", "Loss/sign_fake"), means, strict=True))
 
     def _pass(
         self,
         loss_of: Callable[..., Tensor],
-        images: Tensor,
+        shown: Shown,
         labels: Tensor | None,
-        augment: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
         """Adds D's gradients from one kind of images; returns the mean loss and sign of logits.
 
         Backward follows at once: one pass at a time is held, and the next one moves the heads'
         power iterations.
         """
-        logits = self._discriminate(images, labels, augment)
+        features = shown.features
+        if features is None:
+            # Nothing in front of the heads trains here.
+            with torch.no_grad():
+                features = self._encode(shown.images, labels, "D")
+        logits = self._judge(features, labels)
         loss = loss_of(logits, self.settings.loss)
-        _backward(self._reduce(loss), self.update_d.parameters)
+        _backward(self._reduce(loss), self.update_d)
         return loss.detach().mean(), losses.mean_sign(logits)
 
     def _accumulate_r1(self, reals: Tensor, labels: Tensor | None) -> Tensor:
@@ -236,11 +253,11 @@ class PlainStep:
         for part in rounds(len(reals), self.settings.batch_gpu):
             images = reals[part].detach().requires_grad_()
             with twice_differentiable():
-                logits = self._logits(images, take(labels, part), None)
+                logits = self.discriminator(images, take(labels, part), None)
                 penalty = losses.r1_penalty(logits, images)
             # A mean over the batch in both reductions, as published.
             weighted = self.settings.r1_weight * penalty
-            _backward(weighted.sum() / len(reals), self.update_d.parameters)
+            _backward(weighted.sum() / len(reals), self.update_d)
             total += weighted.detach().sum()
         return total / len(reals)
 
@@ -250,26 +267,25 @@ class PlainStep:
         )
 
     @torch.no_grad()
-    def _generate_without_graph(self, z: Tensor, labels: Tensor | None) -> list[Tensor]:
+    def _generate_without_graph(self, z: Tensor, labels: Tensor | None) -> list[Shown]:
         return [
-            self._generate(z[part], take(labels, part))
+            Shown(self._generate(z[part], take(labels, part)))
             for part in rounds(len(z), self.settings.batch_gpu)
         ]
 
-    def _discriminate(
-        self, images: Tensor, labels: Tensor | None, augment: torch.Generator | None
-    ) -> list[Tensor]:
-        return self._logits(images, labels, augment)
+    def _encode(self, images: Tensor, labels: Tensor | None, purpose: str) -> Features:
+        """D's frozen features of the images, augmented for the step of `purpose`, G or D."""
+        views = self.discriminator.views(images, self._streams["augment", purpose])
+        return [self._features(i, view, labels) for i, view in enumerate(views)]
 
-    def _logits(
-        self, images: Tensor, labels: Tensor | None, augment: torch.Generator | None
-    ) -> list[Tensor]:
-        with self._precision(images):
-            return [x.to(images.dtype) for x in self.discriminator(images, labels, augment)]
+    def _judge(self, features: Features, labels: Tensor | None) -> list[Tensor]:
+        return [self._logits(i, maps, labels) for i, maps in enumerate(features)]
 
-    def _precision(self, images: Tensor) -> AbstractContextManager[object]:
-        enabled = self.settings.discriminator_bf16
-        return torch.autocast(images.device.type, torch.bfloat16, enabled=enabled)
+    def _features(self, index: int, view: Tensor, labels: Tensor | None) -> list[Tensor]:
+        return self.discriminator.features(index, view, labels)
+
+    def _logits(self, index: int, features: list[Tensor], labels: Tensor | None) -> Tensor:
+        return self.discriminator.judge(index, features, labels)
 
     def _reduce(self, loss: Tensor) -> Tensor:
         """One accumulation round's share of the objective of this process."""
@@ -284,7 +300,7 @@ class PlainStep:
         return z.chunk(self.world.size)[self.world.rank]
 
 
-def _backward(loss: Tensor, parameters: list[nn.Parameter]) -> None:
+def _backward(loss: Tensor, update: Updater) -> None:
     # inputs= stops at these parameters: nothing is computed for the other network, nor, in R1,
     # down to the image.
-    loss.backward(inputs=parameters)
+    update.scaled(loss).backward(inputs=update.parameters)

@@ -13,6 +13,8 @@ from kernels.optional import fused_adam
 
 NonFinite = Literal["skip", "published"]
 Adam = Literal["torch", "apex"]
+# Of a LossScale in the state, where the others' entries have a parameter's name.
+_SCALE = "loss_scale"
 
 
 class Updater:
@@ -20,7 +22,8 @@ class Updater:
 
     `lr_factor` maps images seen to a factor on the optimiser's own learning rate. `adam`: PyTorch's
     or, where it is installed, apex's FusedAdam (UserError where not). PyTorch's leaves an update
-    out without asking the host; apex's waits for the answer.
+    out without asking the host; apex's waits for the answer. `scale_losses`: gradients are those of
+    `scaled` losses, for what computes in float16.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class Updater:
         nonfinite: NonFinite = "skip",
         lr_factor: Callable[[int], float] | None = None,
         adam: Adam = "torch",
+        scale_losses: bool = False,
     ) -> None:
         self.names, self.parameters = list(parameters), list(parameters.values())
         self.world, self.lr, self.nonfinite, self.adam = world, lr, nonfinite, adam
@@ -41,6 +45,7 @@ class Updater:
         rate = lr if adam == "apex" else _learning_rate(lr, device)
         self.optimizer = create(self.parameters, lr=rate, betas=betas, eps=1e-8)
         self._blamed = torch.zeros(len(self.parameters), dtype=torch.bool, device=device)
+        self._scale = LossScale(device) if scale_losses else None
 
     def follow(self, nimg: int) -> None:
         """Sets the learning rate for an update of `nimg` images."""
@@ -51,6 +56,10 @@ class Updater:
             else:
                 group["lr"] = rate
 
+    def scaled(self, loss: Tensor) -> Tensor:
+        """What to call backward on for the gradients of `loss`."""
+        return loss if self._scale is None else loss * self._scale.value
+
     def __call__(self, loss: Tensor) -> Tensor:
         """Averages, checks, steps, clears; 1 where something not finite stopped the update, or 0.
 
@@ -60,7 +69,11 @@ class Updater:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         loss = loss.detach().clone()
         average_over_processes([*gradients, loss], self.world)
+        if self._scale is not None:
+            torch._foreach_mul_(gradients, 1 / self._scale.value)
         skipped = self._check(gradients, loss)
+        if self._scale is not None:
+            self._scale.update(skipped)
         if self.adam == "torch":
             self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
             self.optimizer.step()
@@ -98,13 +111,19 @@ class Updater:
         steps = self.optimizer.param_groups[0].get("step")
         if steps is not None:  # apex counts once for all parameters
             state |= {f"{name}/step": torch.tensor(float(steps)) for name in self.names}
+        if self._scale is not None:
+            state |= {f"{_SCALE}/{entry}": value for entry, value in self._scale.state().items()}
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Restores what `state` gave; parameters without an entry start fresh."""
+        """Restores what `state` gave; what has no entry starts fresh."""
         known = dict(zip(self.names, self.parameters, strict=True))
         for key, value in state.items():
             name, _, entry = key.rpartition("/")
+            if name == _SCALE:
+                if self._scale is not None:
+                    self._scale.state()[entry].copy_(value)
+                continue
             if name not in known:
                 raise UserError(f"optimiser state names {name}, which does not train here")
             if entry == "step" and isinstance(self.optimizer, fused_adam() or ()):
@@ -112,6 +131,24 @@ class Updater:
                 continue
             parameter = known[name]
             self.optimizer.state[parameter][entry] = value.to(parameter.device)
+
+
+class LossScale:
+    """What losses are multiplied by, lest their gradients vanish in float16, on the device.
+
+    Halved with every update left out, doubled after 2,000 made in a row: torch.amp.GradScaler's
+    rule and numbers, without its questions to the host.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.value = torch.full((), 2.0**16, device=device)
+        self._made = torch.zeros((), dtype=torch.int32, device=device)
+
+    def update(self, skipped: Tensor) -> None:
+        torch._amp_update_scale_(self.value, self._made, skipped, 2.0, 0.5, 2000)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"value": self.value, "made": self._made}
 
 
 def _adam_class(adam: Adam) -> Callable[..., torch.optim.Optimizer]:

@@ -102,11 +102,6 @@ def test_file_round_trip(backbone, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["embedding.safetensors"]
 
 
-def test_unwritable_place_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="cannot write"):
-        save_class_embedding(tmp_path / "no" / "e.safetensors", torch.ones(1, 2), [1], {})
-
-
 def test_bad_files(tmp_path):
     good = torch.ones(3, 4)
     cases = {
@@ -119,11 +114,31 @@ def test_bad_files(tmp_path):
     for name, tensors in cases.items():
         save_file(tensors, tmp_path / f"{name}.safetensors")
     (tmp_path / "junk.safetensors").write_bytes(b"\x00" * 20)
-    for name in [*cases, "junk", "absent"]:
+    for name in [*cases, "junk"]:
         path = tmp_path / f"{name}.safetensors"
         with pytest.raises(UserError) as caught:
             load_class_embedding(path, 3)
         assert str(path) in str(caught.value) and "expected" in str(caught.value)
+
+
+@pytest.mark.parametrize("target", ["/proc/version", "/proc/self/mem"])
+def test_a_file_that_the_system_does_not_give(tmp_path, target):
+    """As root every permission is granted; these fail while they are mapped."""
+    path = tmp_path / "odd.safetensors"
+    path.symlink_to(target)
+    with pytest.raises(UserError, match=r"cannot read the class embedding .*odd.safetensors"):
+        load_class_embedding(path, 3)
+
+
+@pytest.mark.parametrize("name", [".", "file/e.safetensors", "x" * 300])
+def test_a_place_that_cannot_be(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(UserError, match=r"cannot write|is a folder"):
+        save_class_embedding(Path(name), torch.ones(1, 2), [1], {})
+    with pytest.raises(UserError, match="no such file"):
+        load_class_embedding(name, 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 TOOL = Path(__file__).parents[2] / "tools" / "class_embedding.py"

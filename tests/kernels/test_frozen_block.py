@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels import dispatch
 from kernels.attention import Attention, Conv, Norm, attention_ref
 from kernels.frozen_block import frozen_unet_block, frozen_unet_block_ref
+from tests.kept_bytes import kept_bytes
 
 
 @dataclass(frozen=True)
@@ -132,23 +133,13 @@ def test_any_subset_of_gradients(trains: tuple[str, ...]) -> None:
         assert torch.allclose(found[f"grad {name}"], everything[f"grad {name}"], atol=1e-6)
 
 
-def kept_bytes(function: Callable[..., Tensor], b: Block) -> int:
+def kept_by(function: Callable[..., Tensor], b: Block) -> int:
     """Bytes of activations that autograd keeps; parameters and the embedding excluded."""
     trains, frozen = make(b, torch.float32)
     leaves = {name: value.requires_grad_() for name, value in trains.items()}
-    given = {t.data_ptr() for name, t in leaves.items() if name != "x"}
-    given |= {p.data_ptr() for conv in frozen.values() for p in conv}
-    kept: dict[int, int] = {}
-
-    def note(t: Tensor) -> Tensor:
-        if t.data_ptr() not in given:
-            kept[t.data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        y = call(function, b, leaves, frozen)
-    y.sum().backward()
-    return sum(kept.values())
+    given = [t for name, t in leaves.items() if name != "x"]
+    given += [p for conv in frozen.values() for p in conv]
+    return kept_bytes(lambda: call(function, b, leaves, frozen), given)
 
 
 LARGE = {
@@ -159,7 +150,7 @@ LARGE = {
 
 @pytest.mark.parametrize("name", LARGE)
 def test_keeps_at_most_40_percent_of_eager(name: str) -> None:
-    ours, plain = (kept_bytes(f, LARGE[name]) for f in (frozen_unet_block, frozen_unet_block_ref))
+    ours, plain = (kept_by(f, LARGE[name]) for f in (frozen_unet_block, frozen_unet_block_ref))
     assert ours <= 0.40 * plain, ours / plain
 
 
@@ -168,7 +159,7 @@ def test_keeps_at_most_55_percent_of_compiled(name: str) -> None:
     """torch.compile's partitioner decides what its backward reads, Inductor or not."""
     torch.compiler.reset()
     compiled = torch.compile(frozen_unet_block_ref, backend="aot_eager_decomp_partition")
-    ours, plain = (kept_bytes(f, LARGE[name]) for f in (frozen_unet_block, compiled))
+    ours, plain = (kept_by(f, LARGE[name]) for f in (frozen_unet_block, compiled))
     assert ours <= 0.55 * plain, ours / plain
 
 
@@ -182,7 +173,7 @@ def test_allocated_memory_agrees_with_the_count() -> None:
     y = call(frozen_unet_block, b, trains, frozen)
     # x is kept too, but was there before; y is the result.
     held = torch.cuda.memory_allocated() - before - y.nbytes + trains["x"].nbytes
-    assert abs(held / kept_bytes(frozen_unet_block, b) - 1) < 0.1
+    assert abs(held / kept_by(frozen_unet_block, b) - 1) < 0.1
 
 
 @pytest.mark.parametrize("adm", [True, False])

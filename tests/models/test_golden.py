@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from fastgan.errors import UserError
 from fastgan.models import network_from_config
 from fastgan.models.freeze import frozen_share
-from fastgan.parity import check_file
+from fastgan.parity import check_file, load_arrays
+from tests.hostile.damage import damaged
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = sorted(path.name for path in GOLDEN.glob("*.npz"))
@@ -81,6 +83,47 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, content: bytes) -> None
     done = subprocess.run(command, capture_output=True, text=True, cwd=GOLDEN.parents[1])
     assert done.returncode == 1 and not done.stdout
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_damaged_files_are_refused_in_one_line(tmp_path: Path, packed: bool) -> None:
+    file = tmp_path / "damaged.npz"
+    save = np.savez_compressed if packed else np.savez
+    save(file, x=np.arange(40.0), config=np.array('{"a": 1}'))
+    whole = file.read_bytes()
+    hot = [(0, 160), (whole.index(b"PK\1\2"), len(whole))]
+    refused = 0
+    for case in damaged(whole, seed=11, hot=hot):
+        assert isinstance(case.content, bytes)
+        file.write_bytes(case.content)
+        try:
+            load_arrays(file)
+        except UserError as error:
+            refused += 1
+            assert str(file) in str(error) and str(error).isprintable(), case.name
+        else:
+            assert case.expected != "refused", case.name
+    assert refused > 100
+
+
+@pytest.mark.parametrize(
+    ("what", "at", "value"),
+    [("compression", 8, 99), ("encryption", 6, 1), ("deflated data", 60, 7)],
+)
+def test_what_an_archive_may_ask_for_in_vain(
+    tmp_path: Path, what: str, at: int, value: int
+) -> None:
+    """zlib.error, NotImplementedError and RuntimeError, none of them an OSError."""
+    file = tmp_path / "odd.npz"
+    np.savez_compressed(file, x=np.random.default_rng(0).normal(size=400))
+    content = bytearray(file.read_bytes())
+    index = content.index(b"PK\1\2")
+    content[at] = value
+    if what != "deflated data":  # told in the index as well, two bytes further on
+        content[index + at + 2] = value
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot read .*odd.npz"):
+        load_arrays(file)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

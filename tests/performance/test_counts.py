@@ -85,7 +85,9 @@ def test_published_forward_passes_equal_the_counter_of_pytorch(dataset: str) -> 
     measured = of_torch(lambda: few_step(generator, z, labels))
     assert flop(counted.generator) == pytest.approx(measured, rel=1e-4)
     for branch, name in enumerate(config.discriminator.backbones):
-        measured = of_torch(lambda b=branch: discriminator.branch(b, z, labels))
+        measured = of_torch(
+            lambda b=branch: discriminator.judge(b, discriminator.features(b, z, labels), labels)
+        )
         parts = [part(counted.discriminator, branch, p) for p in ("backbone", "mixing", "heads")]
         assert sum(parts) == pytest.approx(measured, rel=1e-4)
         if not classes:

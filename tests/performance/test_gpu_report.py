@@ -42,6 +42,7 @@ sys.meta_path.insert(0, Hidden())
 """
 DRY_PARTS = ["environment", "rates", "parity", "kernels/resize_normalize-CIFAR"]
 DRY_PARTS += ["steps/cifar10_uncond_d2o_f", "traces/cifar10_uncond_d2o_f-plain"]
+DRY_PARTS += ["ablation/imagenet64_d2o_f-compile"]
 
 
 class Bare:
@@ -121,6 +122,17 @@ def test_every_engine_takes_its_turn(dry: tuple[Bare, Path, str]) -> None:
         "plain-published"
     }
     assert not list((dry[1] / "steps").glob("*.progress.json"))
+
+
+def test_rows_of_an_ablation_take_their_turns(dry: tuple[Bare, Path, str]) -> None:
+    report = read(dry[1] / "report.json")["ablation"]
+    rows = report["experiments"]["imagenet64_d2o_f"]["rows"]
+    assert list(rows) == ["published", "layout", "precision", "compile"]
+    assert all(each["error"] is None and each["img_s"] > 0 for each in rows.values())
+    assert [each["above"] for each in rows.values()] == [None, *list(rows)[:3]]
+    gains = [rows[name]["gain"]["median"] for name in list(rows)[1:]]
+    assert rows["compile"]["total"] == pytest.approx(gains[0] * gains[1] * gains[2])
+    assert (dry[1] / "ablation.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_is_finished_is_not_measured_again(dry: tuple[Bare, Path, str]) -> None:

@@ -14,7 +14,7 @@ import torch
 from benchmarks import summarise
 from fastgan import config as cfg
 from fastgan.errors import UserError
-from fastgan.performance.report import convolutions, parity, rates, steps, variants
+from fastgan.performance.report import convolutions, parity, rates, rounds, steps, variants
 from fastgan.performance.report.markdown import DRY_RUN, markdown
 from fastgan.performance.report.pack import pack
 from fastgan.performance.report.parts import ROOT
@@ -56,6 +56,10 @@ def step_progress() -> dict[str, Any]:
     }
 
 
+def step_content() -> dict[str, Any]:
+    return described(step_progress(), variants.BASELINES)
+
+
 def report() -> dict[str, Any]:
     """What an H200 might have measured: rates, steps and parity, but no kernels."""
     shape = {"batch": 64, "cin": 256, "cout": 256, "size": 32, "kernel": 3, "stride": 1}
@@ -77,7 +81,7 @@ def report() -> dict[str, Any]:
         "environment": H200 | environment,
         "rates": rates.merged(found),
         "parity": H200 | parity.merged({"resample": found["chip"] | file}),
-        "steps": H200 | {"experiments": {"cifar10_uncond_d2o_f": described(step_progress())}},
+        "steps": H200 | {"experiments": {"cifar10_uncond_d2o_f": step_content()}},
     }
 
 
@@ -86,7 +90,7 @@ def test_images_per_second_count_the_sixteenth_iteration() -> None:
 
 
 def test_steps_are_described_by_medians_and_compared_round_by_round() -> None:
-    content = described(step_progress())
+    content = step_content()
     compiled = content["variants"]["compiled-bf16"]
     assert compiled["iteration_ms"]["median"] == pytest.approx(100)
     assert compiled["iteration_ms"]["n"] == 6 and compiled["r1_extra_ms"] == pytest.approx(160)
@@ -155,16 +159,19 @@ class FakeEngines:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **plan: list[Exception | None]) -> None:
         self.plan, self.built = {name: list(events) for name, events in plan.items()}, []
-        fakes = [SimpleNamespace(name=name, config=self._config(name)) for name in plan]
+        fakes = [
+            SimpleNamespace(name=name, config=self._config(name), prepare=variants.nothing)
+            for name in plan
+        ]
         monkeypatch.setattr(steps, "all_variants", lambda: fakes)
-        monkeypatch.setattr(steps, "build", self._build)
-        monkeypatch.setattr(steps, "_turn", lambda running, index, n: [0.1] * n + [0.2])
-        monkeypatch.setattr(steps, "product_rate", lambda *_: {"median": 1e12})
+        monkeypatch.setattr(rounds, "build", self._build)
+        monkeypatch.setattr(rounds, "_turn", lambda running, i, pace: [0.1] * pace.samples + [0.2])
+        monkeypatch.setattr(rounds, "product_rate", lambda *_: {"median": 1e12})
 
     def _config(self, name: str) -> Any:
         return lambda experiment, batch, tiny: SimpleNamespace(name=name, batch=batch or 64)
 
-    def _build(self, config: Any) -> tuple[Any, dict[str, Any]]:
+    def _build(self, config: Any, *_: Any) -> tuple[Any, dict[str, Any]]:
         self.built.append((config.name, config.batch))
         event = self.plan[config.name].pop(0) if self.plan[config.name] else None
         if event is not None:
@@ -173,8 +180,8 @@ class FakeEngines:
 
 
 def run_steps(folder: Path) -> dict[str, Any]:
-    progress = steps.Progress(folder / "x.progress.json", "demo")
-    return steps.measure("demo", progress, False)
+    progress = rounds.Progress(folder / "x.progress.json", "demo")
+    return steps.measure(progress, False)
 
 
 def test_a_variant_without_memory_halves_its_batch_once(
@@ -187,13 +194,13 @@ def test_a_variant_without_memory_halves_its_batch_once(
     assert found["a"]["facts"]["batch"] == 32 and found["a"]["out_of_memory"] == [64]
     assert found["b"]["error"] == "out of memory with 64 and 32 images"
     assert found["c"]["error"] == "no such engine"
-    assert found["a"]["iteration_ms"]["n"] == steps.ROUNDS * steps.ITERATIONS >= 10
+    assert found["a"]["iteration_ms"]["n"] == steps.PACE.rounds * steps.PACE.samples >= 10
     assert "img_s" not in found["b"]
 
 
 def test_steps_go_on_after_a_process_broke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fakes = FakeEngines(monkeypatch, a=[], b=[RuntimeError("illegal address\nmore")])
-    with pytest.raises(steps.Broken):
+    with pytest.raises(rounds.Broken):
         run_steps(tmp_path)
     found = run_steps(tmp_path)["variants"]
     assert found["b"]["error"] == "RuntimeError: illegal address" and found["a"]["img_s"] > 0
@@ -206,13 +213,13 @@ def test_steps_go_on_with_the_next_round_and_the_first_facts(
     FakeEngines(monkeypatch, a=[], b=[])
     indices = []
 
-    def turn(running: Any, index: int, iterations: int) -> list[float]:
+    def turn(running: Any, index: int, pace: rounds.Pace) -> list[float]:
         indices.append(index)
         if len(indices) == 5:
             raise KeyboardInterrupt
-        return [float(len(indices))] * (iterations + 1)
+        return [float(len(indices))] * (pace.samples + 1)
 
-    monkeypatch.setattr(steps, "_turn", turn)
+    monkeypatch.setattr(rounds, "_turn", turn)
     with pytest.raises(KeyboardInterrupt):
         run_steps(tmp_path)
     assert json.loads((tmp_path / "x.progress.json").read_text())["matmul_rates"] == [1e12]
@@ -240,16 +247,17 @@ def test_variants_find_their_own_settings(monkeypatch: pytest.MonkeyPatch) -> No
     torch.backends.cudnn.benchmark = True
     mine = variants.take_settings()
     variants.restore_settings(before)
-    with variants.Running(SimpleNamespace(), mine).turn():  # type: ignore[arg-type]
+    live = SimpleNamespace(config=SimpleNamespace(data=cfg.DataConfig()))
+    with variants.Running(live, mine).turn():  # type: ignore[arg-type]
         assert dispatch._configured == "reference" and torch.backends.cudnn.benchmark
     assert variants.take_settings() == before
 
 
 def test_the_published_batch_of_one_gpu_is_one_pass() -> None:
-    published = variants.Variant(cfg.Engine.plain, cfg.Precision.published)
+    published = variants.of_engine(cfg.Engine.plain, cfg.Precision.published)
     config = published.config("imagenet64_d2o_f", None, False)
     assert config.batch == config.batch_gpu == 128 and config.precision is cfg.Precision.published
-    shared = variants.Variant(cfg.Engine.compiled, cfg.Precision.bf16, share_fakes=True)
+    shared = variants.of_engine(cfg.Engine.compiled, cfg.Precision.bf16, share_fakes=True)
     config = shared.config("cifar10_uncond_d2o_f", 32, False)
     assert (config.batch, config.batch_gpu, config.share_fakes) == (32, 32, True)
     assert shared.name == "compiled-bf16-shared" and config.engine is cfg.Engine.compiled
@@ -260,7 +268,7 @@ def test_tables_say_what_was_measured() -> None:
     rows = [line.split(" | ") for line in text.splitlines()]
     steps = {row[0].removeprefix("| "): row for row in rows if len(row) == 14}
     assert steps["compiled-bf16"][1:4] == ["64", "581.8", "36.4%"]
-    assert steps["compiled-bf16"][4:8] == ["100.0", "160.0", "6", "30.0"]
+    assert steps["compiled-bf16"][4:8] == ["100.0", "160.0", "6", "40.0"]
     assert steps["compiled-bf16"][8:] == ["12.5 (cached)", "3.0", "900", "4.00", "-", "- |"]
     assert "- compiled-bf16 skipped 3 updates" in text
     assert steps["fast-bf16"][1] == "RuntimeError: no such kernel"
@@ -338,7 +346,7 @@ def test_numbers_have_the_names_that_the_page_gives() -> None:
     assert {name for name in found["steps"] if name.startswith(start)} == {
         start + kind for kind in kinds
     }
-    assert found["steps"][start + "peak_gb"] == 30
+    assert found["steps"][start + "peak_gb"] == 40
 
 
 def test_an_archive_comes_in_pieces(tmp_path: Path) -> None:

@@ -284,6 +284,7 @@ def check_profile(profiled: dict[str, Any], out: Path) -> dict[str, float]:
         (["experiment=demo", "--iterations", 0], "--iterations 0"),
         (["experiment=demo", "--warmup", 0], "--warmup 0"),
         (["engine=plain"], "experiment=cifar10_uncond_d2o_f"),
+        (["experiment=demo", "batch_gpu=auto", "device=cpu"], "batch_gpu=N"),
         (["experiment=demo", "loss.r1_interval=0", "--r1"], "loss.r1_interval=16"),
         (["experiment=demo", "--out", __file__, "device=cpu"], "--out FOLDER"),
         (["--fast"], "--fast"),

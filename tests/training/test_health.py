@@ -13,7 +13,7 @@ def flags(*left_out: int) -> dict[str, torch.Tensor]:
 
 
 def test_skips_are_counted_by_update_and_forgotten_once_told() -> None:
-    skips = Skips()
+    skips = Skips(torch.device("cpu"))
     for step in (flags(1, 0), flags(0, 0), flags(1, 1), flags(0, 0, 1)):
         skips.add(step)
     assert skips.take() == {"G": 2, "D": 1, "R": 1}
@@ -22,7 +22,7 @@ def test_skips_are_counted_by_update_and_forgotten_once_told() -> None:
 
 def test_the_longest_row_is_kept() -> None:
     """An iteration counts once, however many of its updates were left out; takes do not matter."""
-    skips = Skips()
+    skips = Skips(torch.device("cpu"))
     assert skips.longest() == 0
     for k, step in enumerate([(1, 1), (0, 1), (1, 0), (0, 0), (1, 0), (0, 1)]):
         skips.add(flags(*step))

@@ -3,6 +3,8 @@
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,7 @@ def train(
         network_config=dict(TINY),
         provenance={"license": "test"},
         evaluate=evaluate,
+        explained=how.get("explained", nullcontext),
     )
     return evaluated
 
@@ -211,7 +214,11 @@ def test_trouble_is_said_once(tmp_path: Path) -> None:
     [
         (UserError("entry 3 is damaged"), "entry 3 is damaged"),
         (ZeroDivisionError("oh"), "ZeroDivisionError: oh"),
-        (KeyboardInterrupt(), "KeyboardInterrupt: "),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (
+            RuntimeError("CUDA error.\n\tTry\x1b[31m\nagain"),
+            r"RuntimeError: CUDA error. Try\x1b[31m again",
+        ),
     ],
 )
 def test_a_run_that_fails_says_so(tmp_path: Path, error: BaseException, message: str) -> None:
@@ -220,6 +227,19 @@ def test_a_run_that_fails_says_so(tmp_path: Path, error: BaseException, message:
     assert state(tmp_path) == {
         "status": "failed", "nimg": 12, "exit_code": 1, "message": message
     }  # fmt: skip
+
+
+def test_a_run_that_fails_says_so_in_the_words_that_explain_it(tmp_path: Path) -> None:
+    @contextmanager
+    def explained() -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise UserError("out of memory, batch_gpu=2 would be right") from error
+
+    with pytest.raises(UserError, match="batch_gpu=2"):
+        train(Counting(k3=RuntimeError("CUDA out of\nmemory")), tmp_path, 40, explained=explained)
+    assert state(tmp_path)["message"] == "out of memory, batch_gpu=2 would be right"
 
 
 def test_resuming_continues_the_count(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from fastgan.noise import normal, stream
 from fastgan.training.ema import averaged_copy
 from fastgan.training.state import trainable
-from fastgan.training.step import PlainStep
+from fastgan.training.step import PlainStep, Shown
 from tests.training.toys import (
     ALONE,
     SHAPE,
@@ -111,7 +111,30 @@ def test_fakes_of_d_are_fresh_and_of_the_updated_generator() -> None:
 
 def test_share_fakes_shows_d_what_g_was_judged_by() -> None:
     run(gan_step(d := watched(), share_fakes=True), 1)
-    assert torch.equal(d.calls[0].images, d.calls[1].images)
+    # Two feature networks: G's fakes, the same for D, and reals.
+    fakes, again, real = d.judged[::2]
+    assert torch.equal(fakes, again) and torch.equal(real, reals(0))
+    assert [call.images.equal(shown) for call, shown in zip(d.calls, (fakes, real), strict=True)]
+
+
+def test_shared_fakes_are_encoded_again_where_d_augments() -> None:
+    for augment, encoded in (((), 2), (("translation",), 3)):
+        d = watched()
+        d.augment = augment
+        run(gan_step(d, share_fakes=True), 1)
+        assert len(d.calls) == encoded and len(d.judged) == 6
+
+
+def test_features_kept_for_d_change_nothing() -> None:
+    """Against a discriminator that says that it augments, and does not: encoded twice."""
+    kept, encoded = (gan_step(share_fakes=True, batch_gpu=2) for _ in range(2))
+    kept.discriminator.augment = ()
+    encoded.discriminator.augment = ("none",)
+    encoded.discriminator.views = lambda images, generator: [images]
+    for k in range(18):
+        told = [step.run(reals(k), None, k).scalars for step in (kept, encoded)]
+        assert_same(*told)
+    assert_same(everything(kept), everything(encoded))
 
 
 def test_r1_comes_every_16th_time_on_bare_reals_with_their_labels() -> None:
@@ -214,7 +237,7 @@ def test_no_gradients_are_left_and_none_reach_the_other_network() -> None:
     assert all(p.grad is None for p in d.parameters())
     assert all(p.grad is not None for p in trainable(step.generator).values())
     step.update_g(torch.zeros(()))
-    step._accumulate_discriminator(reals(0), [reals(1)], None)
+    step._accumulate_discriminator(reals(0), [Shown(reals(1))], None)
     assert all(p.grad is not None for p in d.parameters())
     step.update_d(torch.zeros(()))
     for module in (step.generator, d):
@@ -226,9 +249,9 @@ class _Broken(Watched):
 
     broken = False
 
-    def forward(self, images, labels=None, generator=None):
-        logits = super().forward(images, labels, generator)
-        return [x * math.nan for x in logits] if self.broken else logits
+    def judge(self, index, features, labels):
+        logits = super().judge(index, features, labels)
+        return logits * math.nan if self.broken else logits
 
 
 def test_an_update_that_is_not_finite_is_left_out() -> None:

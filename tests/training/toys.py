@@ -34,6 +34,7 @@ class Call:
 class Watched(Discriminator):
     """Two networks of 3 and 2 patches: a small smooth one and, with BatchNorm, a second one."""
 
+    branches = 2
     loaded_elsewhere = ()
     provenance: list[dict[str, str]] = []  # noqa: RUF012
 
@@ -49,16 +50,26 @@ class Watched(Discriminator):
             ]
         )
         self.calls: list[Call] = []
+        self.judged: list[Tensor] = []
 
-    def forward(
-        self,
-        images: Tensor,
-        labels: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> list[Tensor]:
+    def compute_in(self, features: torch.dtype | None, heads: torch.dtype | None) -> None:
+        """In what it is made of."""
+
+    def store_frozen(self) -> None:
+        """Nothing is frozen."""
+
+    def views(self, images: Tensor, generator: torch.Generator | None) -> list[Tensor]:
         leaf = images.requires_grad and images.is_leaf
-        self.calls.append(Call(images.detach().clone(), labels, generator is not None, leaf))
-        return [head(images.flatten(1)) for head in self.heads]
+        self.calls.append(Call(images.detach().clone(), None, generator is not None, leaf))
+        return [images, images]
+
+    def features(self, index: int, view: Tensor, labels: Tensor | None) -> list[Tensor]:
+        self.calls[-1].labels = labels
+        return [view]
+
+    def judge(self, index: int, features: list[Tensor], labels: Tensor | None) -> Tensor:
+        self.judged.append(features[0].detach().clone())
+        return self.heads[index](features[0].flatten(1))
 
 
 def watched(batch_norm: bool = False) -> Watched:

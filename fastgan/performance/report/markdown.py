@@ -21,6 +21,7 @@ def markdown(report: Content) -> str:
         "kernels": _kernels,
         "steps": _steps,
         "traces": _traces,
+        "ablation": _ablation,
     }
     lines = ["# GPU report", *([DRY_RUN] if report["dry_run"] else [])]
     for part, section in sections.items():
@@ -178,7 +179,7 @@ def _step_cells(each: Content, plain: bool) -> list[Any]:
         number(iteration["median"], ".1f"),
         number(each["r1_extra_ms"], ".1f"),
         iteration["n"],
-        facts["peak_r1"] and number(facts["peak_r1"]["allocated"], ".1f", 1e-9),
+        facts["peak_r1"] and number(facts["peak_r1"]["reserved"], ".1f", 1e-9),
         f"{facts['first_step_seconds']:.1f}" + (" (cached)" if cached else ""),
         number(facts["first_r1_seconds"], ".1f"),
         facts["launches"] and facts["launches"]["launches"],
@@ -198,6 +199,40 @@ def _traces(found: Content) -> list[str]:
         spent = [each["milliseconds"], *(each["kinds"].get(kind) for kind in kinds)]
         rows.append([name, number(each["launches"], ".0f"), *(number(ms, ".1f") for ms in spent)])
     return [table(("profile, ms", "launches", "all", *kinds), rows)]
+
+
+def _ablation(found: Content) -> list[str]:
+    lines = []
+    for experiment, content in found["experiments"].items():
+        lines += [f"**{experiment}**, every row adds to the row above:"]
+        lines += [_ablation_table(content["rows"])]
+    return lines
+
+
+def _ablation_table(rows: Content) -> str:
+    columns = ["row", "batch", "img/s", "x row above", "x published", "iteration, ms"]
+    columns += ["R1 adds, ms", "MFU", "peak, GB", "img/s again"]
+    lines: list[list[object]] = []
+    for name, each in rows.items():
+        if "img_s" not in each:
+            lines.append([name, each["error"] or "no round"] + [None] * (len(columns) - 2))
+            continue
+        peak = each["facts"]["peak_r1"]
+        lines.append(
+            [
+                name,
+                each["facts"]["batch"],
+                number(each["img_s"], ".1f"),
+                each["gain"] and number(each["gain"]["median"], ".3f"),
+                number(each["total"], ".2f"),
+                number(each["iteration_ms"]["median"], ".1f"),
+                number(each["r1_extra_ms"], ".1f"),
+                number(each["mfu"], ".1%"),
+                peak and number(peak["reserved"], ".1f", 1e-9),
+                number(each["again"], ".1f"),
+            ]
+        )
+    return table(columns, lines)
 
 
 def _missing(missing: dict[str, str | None]) -> list[str]:

@@ -66,7 +66,14 @@ def module(name: str, *words: str, tiny: bool) -> tuple[str, ...]:
 
 def all_parts() -> list[Part]:
     """In the order in which a machine's time is best spent."""
-    from fastgan.performance.report import kernel_benchmarks, parity, rates, steps, traces
+    from fastgan.performance.report import (
+        ablation,
+        kernel_benchmarks,
+        parity,
+        rates,
+        steps,
+        traces,
+    )
 
     def environment(tiny: bool) -> list[Case]:
         return [Case("environment", "", 10, module("environment", tiny=tiny))]
@@ -78,6 +85,7 @@ def all_parts() -> list[Part]:
         Part("kernels", "benchmarks/", kernel_benchmarks.cases, kernel_benchmarks.merged),
         Part("steps", "iterations in every engine", steps.cases, steps.merged),
         Part("traces", "tools/profile_step.py", traces.cases, traces.merged),
+        Part("ablation", "what each idea gains", ablation.cases, ablation.merged),
     ]
 
 

@@ -6,11 +6,12 @@ Kernels are recorded by `python -m benchmarks.summarise --update`; here are the 
 from pathlib import Path
 
 from fastgan.files import replace_atomically
+from fastgan.performance.report import ablation_plot
 from fastgan.performance.report.markdown import markdown
 from fastgan.performance.report.results import Content, write_json
 from fastgan.performance.report.variants import BASELINES
 
-KEPT = ("environment", "rates", "parity", "steps")
+KEPT = ("environment", "rates", "parity", "steps", "ablation")
 
 
 def numbers(report: Content) -> dict[str, dict[str, float]]:
@@ -45,6 +46,7 @@ def write_record(report: Content, folder: Path, wanted: set[str]) -> dict[str, t
         found |= {name: (value, f"{part}.json") for name, value in held.items()}
     with replace_atomically(folder / "report.md") as file:
         file.write(markdown(report).encode())
+    ablation_plot.write(report, folder)
     return found
 
 
@@ -56,7 +58,7 @@ def _step_numbers(found: Content) -> dict[str, float | None]:
         "img_s": found["img_s"],
         "mfu": found["mfu"],
         "iteration_ms": found["iteration_ms"]["median"],
-        "peak_gb": None if peak is None else peak["allocated"] / 1e9,
+        "peak_gb": None if peak is None else peak["reserved"] / 1e9,
     }
 
 

@@ -1,15 +1,15 @@
 """From an experiment's rounds to its numbers: iteration, images per second, MFU, ratios."""
 
+from collections.abc import Iterable
 from statistics import median
 
 from fastgan.performance.report.results import Content, samples
-from fastgan.performance.report.variants import BASELINES
 
 
-def described(progress: Content) -> Content:
-    """The content of steps/EXPERIMENT.json: per variant its facts and speeds, and ratios of images
-    per second, of every round by itself, to the baselines that ran in it (medians). Without a
-    matrix rate (a dry run) there is no MFU."""
+def described(progress: Content, baselines: Iterable[str]) -> Content:
+    """The content of a case: per variant its facts and speeds, and ratios of images per second, of
+    every round by itself, to the baselines that ran in it (medians). Without a matrix rate (a dry
+    run) there is no MFU."""
     rate = median(progress["matmul_rates"]) if progress["matmul_rates"] else None
     variants = {}
     for name, noted in progress["variants"].items():
@@ -20,7 +20,7 @@ def described(progress: Content) -> Content:
         "experiment": progress["experiment"],
         "matmul_rate": rate,
         "variants": variants,
-        "ratios": {base: _ratios(progress, base) for base in BASELINES},
+        "ratios": {base: _ratios(progress, base) for base in baselines},
     }
 
 
