@@ -45,7 +45,8 @@ def test_pretrain_finetune_sample_evaluate(data: Path, tmp_path: Path) -> None:
         f"init.path={teacher}",
         f"discriminator.weights.mobilenetv2_100={MOBILENET}",
         *few,
-        *("batch=8", "batch_gpu=4", "total_images=24", "snapshot=24", "tick=8"),
+        *("engine=fast", "share_fakes=true", "batch=8", "batch_gpu=4"),
+        *("total_images=24", "snapshot=24", "tick=8"),
     )
     run(
         "sample", f"checkpoint={tmp_path / 'gan'}", f"out={tmp_path / 's.npz'}", "seeds=0-99",

@@ -48,7 +48,7 @@ MISDEEDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a long line": (_refuse("x" * 2000 + " {path}"), "a line of 20"),
     "no name": (_refuse("damaged, a whole file expected"), "is not named"),
     "spins": (_spin, "TooSlow"),
-    "takes memory": (lambda path: b"x" * (400 << 20), "took 3"),
+    "takes memory": (lambda path: b"x" * (400 << 20), "MiB; "),
     "reserves memory": (lambda path: bytearray(8 << 30), "MemoryError"),
     "hides a lack of memory": (_swallow, "memory was asked for"),
     "warns": (lambda path: warnings.warn("x", stacklevel=1), "warned: x"),

@@ -42,7 +42,7 @@ sys.meta_path.insert(0, Hidden())
 """
 DRY_PARTS = ["environment", "rates", "parity", "kernels/resize_normalize-CIFAR"]
 DRY_PARTS += ["steps/cifar10_uncond_d2o_f", "traces/cifar10_uncond_d2o_f-plain"]
-DRY_PARTS += ["ablation/imagenet64_d2o_f-compile"]
+DRY_PARTS += ["ablation/imagenet64_d2o_f-compile", "cifar10/real"]
 
 
 class Bare:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fastgan.errors import UserError
-from fastgan.performance.report import ablation_plot, kernel_benchmarks, report
+from fastgan.performance.report import ablation_plot, cifar10_plot, kernel_benchmarks, report
 from fastgan.performance.report.pack import pack
 from fastgan.performance.report.parts import Case, Part, all_parts, select
 from fastgan.performance.report.results import Content
@@ -53,7 +53,7 @@ def measure(
     claim(options.out, options.tiny)
     out = options.out.resolve()
     run = Runner(out, options.tiny, options.minutes, [unpacked] if unpacked else [])
-    new = {"kernels", "ablation"} if options.summary else set()
+    new = {"kernels", "ablation", "cifar10"} if options.summary else set()
     if not options.summary:
         if options.again:
             report.forget(cases, out)
@@ -66,6 +66,8 @@ def measure(
     content = report.write_report(out, parts, options.tiny, run.failed)
     if "ablation" in new:
         ablation_plot.write(content, out)
+    if "cifar10" in new:
+        cifar10_plot.write(content, out)
     print(f"{options.out / 'report.md'}: written, {len(content['missing'])} cases missing")
     return content, run
 

@@ -22,6 +22,7 @@ def markdown(report: Content) -> str:
         "steps": _steps,
         "traces": _traces,
         "ablation": _ablation,
+        "cifar10": _cifar10,
     }
     lines = ["# GPU report", *([DRY_RUN] if report["dry_run"] else [])]
     for part, section in sections.items():
@@ -233,6 +234,23 @@ def _ablation_table(rows: Content) -> str:
             ]
         )
     return table(columns, lines)
+
+
+def _cifar10(found: Content) -> list[str]:
+    """Distances by stage and features; the un-tuned teacher as a row of its own."""
+    rows: dict[str, Content] = {}
+    for stage, each in found["stages"].items():
+        rows |= {"untuned": {"scores": each["untuned"]}} if "untuned" in each else {}
+        rows[stage] = each
+    names = list(dict.fromkeys(name for each in rows.values() for name in each.get("scores", {})))
+    lines = []
+    for stage, each in rows.items():
+        scores = [each.get("scores", {}).get(name) for name in names]
+        speed = each.get("img_per_sec")
+        distances = (number(score and score["value"], ".3g") for score in scores)
+        lines.append([stage, *distances, speed and number(speed["median"], ".0f")])
+    columns = ["stage", *(f"FD, {name}" for name in names), "img/s"]
+    return ["Distances to the training images, one seed:", table(columns, lines)]
 
 
 def _missing(missing: dict[str, str | None]) -> list[str]:

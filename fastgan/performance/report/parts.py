@@ -50,12 +50,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Part:
-    """`cases(tiny)` to run in this order; `merged` makes one result of theirs, by case name."""
+    """`cases(tiny)` to run in this order; `merged` makes one result of theirs, by case name.
+
+    `asked_for`: it runs, and is missed, only where somebody names it.
+    """
 
     name: str
     summary: str
     cases: Callable[[bool], list[Case]]
     merged: Callable[[dict[str, Content]], Content]
+    asked_for: bool = False
 
 
 def module(name: str, *words: str, tiny: bool) -> tuple[str, ...]:
@@ -68,6 +72,7 @@ def all_parts() -> list[Part]:
     """In the order in which a machine's time is best spent."""
     from fastgan.performance.report import (
         ablation,
+        cifar10,
         kernel_benchmarks,
         parity,
         rates,
@@ -86,11 +91,14 @@ def all_parts() -> list[Part]:
         Part("steps", "iterations in every engine", steps.cases, steps.merged),
         Part("traces", "tools/profile_step.py", traces.cases, traces.merged),
         Part("ablation", "what each idea gains", ablation.cases, ablation.merged),
+        Part("cifar10", "a one-step generator from nothing", cifar10.cases, cifar10.merged, True),
     ]
 
 
 def select(parts: Iterable[Part], wanted: list[str], tiny: bool) -> list[Case]:
-    """The cases of PART or PART/CASE names, of all parts if none. UserError: an unknown name."""
+    """The cases of PART or PART/CASE names; if there are none, of all parts that need not be asked
+    for. UserError: an unknown name."""
+    parts = list(parts)
     cases = [case for part in parts for case in part.cases(tiny)]
     for name in wanted:
         if not any(name in (case.part, case.label) for case in cases):
@@ -98,4 +106,5 @@ def select(parts: Iterable[Part], wanted: list[str], tiny: bool) -> list[Case]:
                 f"no part {name}, --part, one of {', '.join(dict.fromkeys(c.part for c in cases))} "
                 "or a case that --list prints would do"
             )
-    return [case for case in cases if not wanted or {case.part, case.label} & set(wanted)]
+    names = set(wanted) or {part.name for part in parts if not part.asked_for}
+    return [case for case in cases if {case.part, case.label} & names]

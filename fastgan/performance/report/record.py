@@ -6,12 +6,12 @@ Kernels are recorded by `python -m benchmarks.summarise --update`; here are the 
 from pathlib import Path
 
 from fastgan.files import replace_atomically
-from fastgan.performance.report import ablation_plot
+from fastgan.performance.report import ablation_plot, cifar10_plot
 from fastgan.performance.report.markdown import markdown
 from fastgan.performance.report.results import Content, write_json
 from fastgan.performance.report.variants import BASELINES
 
-KEPT = ("environment", "rates", "parity", "steps", "ablation")
+KEPT = ("environment", "rates", "parity", "steps", "ablation", "cifar10")
 
 
 def numbers(report: Content) -> dict[str, dict[str, float]]:
@@ -47,6 +47,7 @@ def write_record(report: Content, folder: Path, wanted: set[str]) -> dict[str, t
     with replace_atomically(folder / "report.md") as file:
         file.write(markdown(report).encode())
     ablation_plot.write(report, folder)
+    cifar10_plot.write(report, folder)
     return found
 
 

@@ -26,8 +26,10 @@ def write_report(
             report[part.name] = part.merged(found)
         if len(found) == len(cases) and any(found):
             write_json(out / f"{part.name}.json", report[part.name])
-        absent = [case.label for case in cases if case.name not in found]
-        report["missing"] |= {label: (failed or {}).get(label) for label in absent}
+        absent = {case.label: (failed or {}).get(case.label) for case in cases
+                  if case.name not in found}  # fmt: skip
+        if found or any(absent.values()) or not part.asked_for:
+            report["missing"] |= absent
     report["dry_run"] = tiny or any(each["dry_run"] for each in _measured(report))
     write_json(out / "report.json", report)
     with replace_atomically(out / "report.md") as file:
