@@ -44,10 +44,11 @@ def variants() -> dict[str, list[str]]:
     }
 
 
-def study(out: Path, overrides: list[str]) -> dict[str, Any]:
-    """All runs' rows, and mean and standard deviation over the seeds; OUT/summary.json."""
+def study(out: Path, names: list[str], overrides: list[str]) -> dict[str, Any]:
+    """The rows of all runs of the variants, and mean and standard deviation over the seeds;
+    OUT/summary.json."""
     runs: dict[str, list[dict[str, Any]]] = {}
-    for name, special in variants().items():
+    for name, special in ((name, variants()[name]) for name in names):
         for seed in SEEDS:
             folder = out / f"{name}-{seed}"
             result_file = folder / "result.json"
@@ -55,7 +56,7 @@ def study(out: Path, overrides: list[str]) -> dict[str, Any]:
                 print(f"{name}, seed {seed}", flush=True)
                 print(table(demo(folder, "test", seed, [*special, *overrides])), flush=True)
             runs.setdefault(name, []).append(json.loads(result_file.read_text()))
-    first = runs["d2o_f"][0]
+    first = runs[names[0]][0]
     summary = {
         "rows": {
             **{name: first["rows"][name] for name in ("real", "untuned", "heun")},
@@ -82,7 +83,7 @@ def markdown(summary: dict[str, Any]) -> str:
         "untuned": "EDM model, one step, un-tuned",
         "heun": f"EDM model, Heun {summary['heun_steps']} steps",
         "d2o_f": "D2O-F: convolutions frozen, one step",
-        "fast": "D2O-F with `engine=fast`",
+        "fast": "D2O-F, `engine=fast`",
         "fresh_fakes": "the same with `share_fakes=false`, the published schedule",
         "bf16": "the same with `precision=bf16`",
         "fp16": "the same in fp16",
@@ -90,7 +91,7 @@ def markdown(summary: dict[str, Any]) -> str:
         "random_weights": "the same GAN from random weights",
     }
     lines = ["| | classifier features | pixel PCA |", "|---|---|---|"]
-    for key, name in names.items():
+    for key, name in ((key, name) for key, name in names.items() if key in summary["rows"]):
         cells = [_cell(summary["rows"][key][space]) for space in SPACES]
         lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
     return "\n".join(lines)
@@ -114,8 +115,9 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo-study"))
     parser.add_argument("overrides", nargs="*", help="key=value of experiment=demo")
+    parser.add_argument("--only", nargs="+", choices=list(variants()), default=list(variants()))
     args = parser.parse_args()
-    print(markdown(study(args.out, args.overrides)))
+    print(markdown(study(args.out, args.only, args.overrides)))
 
 
 if __name__ == "__main__":

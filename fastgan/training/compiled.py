@@ -23,8 +23,9 @@ from fastgan.training.ema import averaged_copy
 from fastgan.training.state import StepResult
 from fastgan.training.step import PlainStep, Shown, StepSettings
 
-# A branch's in a run: G's phase and D's, of the networks and of a rehearsal's copies.
-_VARIANTS = 4
+# A branch's in a run: fakes in G's phase and in D's, and reals, which may be laid out otherwise; as
+# many to spare.
+_VARIANTS = 6
 
 
 class CompiledStep(PlainStep):

@@ -3,7 +3,9 @@
 On the CPU; what a GPU records and replays is in test_fast.py.
 """
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +110,37 @@ class Levels(nn.Module):
 def projected() -> ProjectedDiscriminator:
     torch.manual_seed(4)
     return ProjectedDiscriminator([Levels()]).double().train()
+
+
+class Traced(CompiledStep):
+    """Compiled without code: only what Dynamo keeps matters."""
+
+    def _compile(self, function: Any) -> Any:
+        return torch.compile(function, fullgraph=True, dynamic=False, backend="eager")
+
+    def _rehearse(self, images: Tensor, labels: Tensor | None) -> None:
+        """As CompiledStep does, whose own copy would be compiled with code."""
+        parts = copy.deepcopy((self.generator, self.average, self.discriminator))
+        Traced(*parts, self.settings, self.world).run(images, labels, 0)
+
+
+@pytest.mark.timeout(300)
+def test_three_backbones_and_two_layouts_stay_within_what_dynamo_keeps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU reals and fakes are laid out differently; several processes rehearse on copies."""
+    torch.compiler.reset()
+    counters.clear()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    torch.manual_seed(4)
+    heads = ProjectedDiscriminator([Levels() for _ in range(3)]).double().train()
+    step = make(Traced, heads, generator())
+    images = reals(0).to(memory_format=torch.channels_last)
+    step._rehearse(images, None)
+    step.run(images, None, 0)
+    # G twice; features and logits of each branch for fakes in both phases and for reals.
+    assert counters["stats"]["unique_graphs"] == 2 + 3 * (3 + 3)
+    torch.compiler.reset()
 
 
 def before_batch_norm(name: str) -> bool:
