@@ -69,8 +69,11 @@ class ProjectedHeads(Discriminator):
     def views(self, images: Tensor, generator: torch.Generator | None) -> list[Tensor]:
         return [images if generator is None else diff_augment(images, ("color",), generator)]
 
-    def branch(self, index: int, view: Tensor, labels: Tensor | None) -> Tensor:
-        return self.heads[index](self.mixing(view)).flatten(1)
+    def features(self, index: int, view: Tensor, labels: Tensor | None) -> list[Tensor]:
+        return [self.mixing(view)]
+
+    def judge(self, index: int, features: list[Tensor], labels: Tensor | None) -> Tensor:
+        return self.heads[index](features[0]).flatten(1)
 
 
 def engine(kind: type[CompiledStep], world: World) -> CompiledStep:
