@@ -23,6 +23,16 @@ class Conv:
 
 
 @dataclass(frozen=True)
+class NormConv:
+    """A block's 3 x 3 convolution and the norm in front; the second one's takes an embedding."""
+
+    cin: int
+    cout: int
+    size: int
+    embedding: str
+
+
+@dataclass(frozen=True)
 class Resampling:
     """In front of a block's first convolution; `direction` is "up" or "down"."""
 
@@ -38,7 +48,7 @@ class Images:
     size: int
 
 
-Shape = Norm | Block | Conv | Resampling | Images
+Shape = Norm | Block | Conv | NormConv | Resampling | Images
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,25 @@ def convolutions(network: Network) -> list[Case]:
     ]
 
 
+def norm_convolutions(network: Network) -> list[Case]:
+    """Where nothing is resampled in between; a label's last word is what the norm takes."""
+    found: Counter[NormConv] = Counter()
+    for b in network.blocks:
+        if not b.resample:
+            found[NormConv(b.cin, b.cout, b.size, "")] += b.count
+        found[NormConv(b.cout, b.cout, b.out_size, network.embedding)] += b.count
+    return [
+        Case(
+            "norm_silu_conv",
+            network,
+            f"{c.cin}to{c.cout}-{c.size}px-{c.embedding.replace(' ', '_') or 'plain'}",
+            c,
+            count,
+        )
+        for c, count in found.items()
+    ]
+
+
 def blocks(network: Network) -> list[Case]:
     """Residual blocks without attention, which is the same library call in every candidate."""
     found: Counter[Block] = Counter()
@@ -124,6 +153,7 @@ def images(network: Network) -> list[Case]:
 TABLES: dict[str, Callable[[Network], list[Case]]] = {
     "group_norm_silu": norms,
     "frozen_conv2d": convolutions,
+    "norm_silu_conv": norm_convolutions,
     "frozen_unet_block": blocks,
     "resample2x": resamplings,
     "resize_normalize": images,
@@ -158,6 +188,8 @@ def _kind(case: Case) -> object:
             return act, embedding
         case Conv(kernel=kernel):
             return kernel
+        case NormConv(embedding=embedding):
+            return embedding
         case Block():
             return case.shape.resample, case.network.projects(case.shape)
         case Resampling(direction=direction):

@@ -9,6 +9,7 @@ from kernels.attention import Attention, Conv, Norm
 from kernels.frozen_block import frozen_unet_block
 from kernels.frozen_conv import frozen_conv2d
 from kernels.norm_silu import group_norm_silu
+from kernels.norm_silu_conv import norm_silu_conv, norm_silu_conv_statistics
 from kernels.resample import resample2x
 from kernels.resize_normalize import resize_normalize
 
@@ -19,6 +20,8 @@ __all__ = [
     "frozen_conv2d",
     "frozen_unet_block",
     "group_norm_silu",
+    "norm_silu_conv",
+    "norm_silu_conv_statistics",
     "resample2x",
     "resize_normalize",
 ]

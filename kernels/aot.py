@@ -9,21 +9,20 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from kernels import frozen_block, runtime
+from kernels import frozen_block, runtime, sass
+from kernels.norm_silu_conv_sums import Affine
+from kernels.norm_silu_conv_triton import norm_silu_conv_backward, norm_silu_conv_forward
 from kernels.norm_silu_triton import group_norm_silu_backward, group_norm_silu_forward
 from kernels.resample import resample2x_launch
 from kernels.resize_normalize import resize_normalize_adjoint, resize_normalize_forward
@@ -38,11 +37,22 @@ DTYPES = {
     torch.float16: "fp16",
     torch.float32: "fp32",
 }
+# A shape, and what an op starts there.
+Started = tuple[tuple[int, ...], Launch]
+WIDE_LOAD = r"ld\.global\S*\.v(4\.b32|2\.b64)|cp\.async\.c[ag]\.shared\.global [^;]*, 0x10,"
+TENSOR_CORE = {"sm_80": "mma", "sm_90": "wgmma"}
+# Rows of pixels that are no multiple of 16 bytes; groups of a workspace, some kilobytes.
+SUMS = "norm_silu_conv_sums"
+NARROW = ("resize_normalize.forward", f"{SUMS}.statistics", f"{SUMS}.gradients")
 
 
 @dataclass(frozen=True)
 class Row:
-    """What the compiler made of one launch; `wide_loads`: whether it reads 16 bytes at a time."""
+    """What the compiler made of one launch, and an estimate of what a multiprocessor does with it.
+
+    wide_loads: whether it reads 16 bytes at a time; occupancy: warps that a multiprocessor holds,
+    of the 64 that it could; main_loop: of a program that uses tensor cores.
+    """
 
     kernel: str
     arch: str
@@ -54,6 +64,8 @@ class Row:
     tensor_core: str | None
     seconds: float
     wide_loads: bool
+    occupancy: float
+    main_loop: sass.Loop | None
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,7 @@ class Build:
     constants: tuple[tuple[str, Any], ...]
     divisible: tuple[str, ...]
     num_warps: int
+    num_stages: int | None
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -79,6 +92,7 @@ class Build:
             self.constants,
             self.divisible,
             self.num_warps,
+            self.num_stages,
         )
 
     @property
@@ -91,15 +105,59 @@ class Build:
 
 def builds(dtypes: Iterable[torch.dtype]) -> list[Build]:
     """Every launch of the published networks' training step, each program once."""
+    return _once(dtypes, _launches)
+
+
+def convolution_builds(dtypes: Iterable[torch.dtype], arch: str) -> list[Build]:
+    """norm_silu_conv at the networks' convolutions, in 16 bits, with the tiles of `arch`."""
+    capability = int(arch[-2]), int(arch[-1])
+    return _once([d for d in dtypes if d.itemsize == 2], lambda d: _convolutions(d, capability))
+
+
+def _once(
+    dtypes: Iterable[torch.dtype], launches: Callable[[torch.dtype], Iterable[Started]]
+) -> list[Build]:
     found: dict[tuple[Any, ...], Build] = {}
     for dtype in dtypes:
-        for shape, launch in _launches(dtype):
+        for shape, launch in launches(dtype):
             build = _specialised(launch, shape, DTYPES[dtype])
             found.setdefault(build.key, build)
     return list(found.values())
 
 
-def _launches(dtype: torch.dtype) -> Iterator[tuple[tuple[int, ...], Launch]]:
+def _convolutions(dtype: torch.dtype, capability: tuple[int, int]) -> Iterator[Started]:
+    """A block's first convolution, its second with embedding and residual; 1 x 1 as the first."""
+    for network in NETWORKS:
+        for cin, cout, size, kernel in network.convolutions():
+            x, weight = _image(network.batch, cin, size, dtype), _image(cout, cin, kernel, dtype)
+            residual = _image(network.batch, cout, size, dtype)
+            yield from _of_convolution(x, weight, residual, "", capability)
+            if cin == cout and kernel == 3:
+                yield from _of_convolution(x, weight, residual, network.embedding, capability)
+
+
+def _of_convolution(
+    x: Tensor, weight: Tensor, residual: Tensor, embedding: str, capability: tuple[int, int]
+) -> Iterator[Started]:
+    """Forward with the next norm's statistics, and backward."""
+    n, cin, cout = len(x), x.shape[1], len(weight)
+    narrow, bias = torch.empty(cin, device="meta"), weight.new_empty(cout)
+    rows, names = x.new_empty(n, cin), embedding.split()
+    per_sample = (rows if name in names else None for name in ("pre_shift", "scale", "shift"))
+    after = Affine(narrow, narrow, *per_sample)
+    added, gain = (residual, 0.5) if names else (None, 1.0)
+    wanted = frozenset({"x", "affine", *names})
+    with runtime.recording() as launches:
+        _, found, _ = norm_silu_conv_forward(
+            *(x, 32, weight, bias, 1e-5, after, added, gain, 32, 1e-5), arch=capability
+        )
+        norm_silu_conv_backward(
+            *(residual, x, found, 32, weight, after, gain, wanted), arch=capability
+        )
+    yield from (((n, cin, cout, x.shape[2], weight.shape[2]), launch) for launch in launches)
+
+
+def _launches(dtype: torch.dtype) -> Iterator[Started]:
     for network in NETWORKS:
         n = network.batch
         for block in network.blocks:
@@ -111,9 +169,7 @@ def _launches(dtype: torch.dtype) -> Iterator[tuple[tuple[int, ...], Launch]]:
         yield from _of_resize(_image(n, 3, network.resolution, torch.float32), dtype)
 
 
-def _of_block(
-    network: Network, block: Block, dtype: torch.dtype
-) -> Iterator[tuple[tuple[int, ...], Launch]]:
+def _of_block(network: Network, block: Block, dtype: torch.dtype) -> Iterator[Started]:
     """What the frozen block itself starts: its pre_shift is float32, residuals enter its norms."""
     n, cin, cout = network.batch, block.cin, block.cout
     x = _image(n, cin, block.size, dtype)
@@ -135,7 +191,7 @@ def _of_block(
     yield from ((tuple(launch.args[0].shape), launch) for launch in launches)
 
 
-def _of_norm(x: Tensor, norm: Norm) -> Iterator[tuple[tuple[int, ...], Launch]]:
+def _of_norm(x: Tensor, norm: Norm) -> Iterator[Started]:
     n, channels = x.shape[:2]
     weight = torch.empty(channels, device="meta")
     rows = torch.empty(n, channels, dtype=x.dtype, device="meta")
@@ -165,9 +221,7 @@ def _of_norm(x: Tensor, norm: Norm) -> Iterator[tuple[tuple[int, ...], Launch]]:
     yield from ((tuple(x.shape), launch) for launch in launches)
 
 
-def _of_resampling(
-    x: Tensor, network: Network, direction: str
-) -> Iterator[tuple[tuple[int, ...], Launch]]:
+def _of_resampling(x: Tensor, network: Network, direction: str) -> Iterator[Started]:
     up = direction == "up"
     with runtime.recording() as launches:
         y = resample2x_launch(x, network.filter, up, 1.0, None, None, 1.0)
@@ -175,7 +229,7 @@ def _of_resampling(
     yield from ((tuple(x.shape), launch) for launch in launches)
 
 
-def _of_resize(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[tuple[int, ...], Launch]]:
+def _of_resize(x: Tensor, dtype: torch.dtype) -> Iterator[Started]:
     scale = [0.5] * 3
     with runtime.recording() as launches:
         y = resize_normalize_forward(x, scale, scale, 224, dtype)
@@ -213,6 +267,7 @@ def _specialised(launch: Launch, shape: tuple[int, ...], dtype: str) -> Build:
         constants=tuple(sorted(constants.items())),
         divisible=tuple(divisible),
         num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
     )
 
 
@@ -235,10 +290,16 @@ def compile_build(job: tuple[Build, str]) -> Row:
     )
     start = time.perf_counter()
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": build.num_warps})
+    options = {"num_warps": build.num_warps}
+    if build.num_stages is not None:
+        options["num_stages"] = build.num_stages
+    compiled = triton.compile(source, target=target, options=options)
     seconds = time.perf_counter() - start
-    registers, stack, static = _resources(compiled.asm["cubin"])
-    ptx = compiled.asm["ptx"]
+    ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
+    registers, stack, static = sass.resources(cubin)
+    shared = max(static, compiled.metadata.shared)
+    tensor_core = "wgmma" if "wgmma" in ptx else "mma" if "mma.sync" in ptx else None
+    loop = sass.main_loop(arch, sass.tool("cuobjdump", cubin, "-sass")) if tensor_core else None
     return Row(
         kernel=build.label,
         arch=arch,
@@ -246,25 +307,13 @@ def compile_build(job: tuple[Build, str]) -> Row:
         dtype=build.dtype,
         registers=registers,
         spill_bytes=stack,
-        shared_bytes=max(static, compiled.metadata.shared),
-        tensor_core="wgmma" if "wgmma" in ptx else "mma" if "mma.sync" in ptx else None,
+        shared_bytes=shared,
+        tensor_core=tensor_core,
         seconds=round(seconds, 2),
-        wide_loads=bool(re.search(r"ld\.global\S*\.v(4\.b32|2\.b64)", ptx)),
+        wide_loads=bool(re.search(WIDE_LOAD, ptx)),
+        occupancy=round(sass.occupancy(arch, registers, shared, build.num_warps), 3),
+        main_loop=loop,
     )
-
-
-def _resources(cubin: bytes) -> tuple[int, int, int]:
-    """Registers a thread, bytes of stack and local memory a thread, bytes of shared memory."""
-    import triton
-
-    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(folder / "cuobjdump"), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
-    return usage["REG"], usage["STACK"] + usage["LOCAL"], usage["SHARED"]
 
 
 def problems(rows: Iterable[Row]) -> list[str]:
@@ -276,8 +325,11 @@ def problems(rows: Iterable[Row]) -> list[str]:
             found.append(f"{what}: {row.spill_bytes} bytes of registers spilled")
         if row.shared_bytes > SHARED_BYTES[row.arch]:
             found.append(f"{what}: {row.shared_bytes} bytes of shared memory")
-        if not row.wide_loads and row.kernel != "resize_normalize.forward":
+        if not row.wide_loads and row.kernel not in NARROW:
             found.append(f"{what}: no 16-byte loads")
+        tensor_core = TENSOR_CORE[row.arch] if row.dtype != "fp32" else None
+        if "convolution" in row.kernel and row.tensor_core != tensor_core:
+            found.append(f"{what}: {row.tensor_core} in place of {tensor_core} instructions")
     return found
 
 
@@ -307,12 +359,10 @@ def main() -> int:
         print(f"error: nothing to compile with, {why}, triton without it would do", file=sys.stderr)
         return 1
     dtypes = [dtype for dtype, name in DTYPES.items() if name in options.dtype]
-    jobs = [
-        (build, arch)
-        for build in builds(dtypes)
-        if options.kernel in build.label
-        for arch in options.arch
-    ]
+    every, jobs = builds(dtypes), []
+    for arch in options.arch:
+        for build in (*every, *convolution_builds(dtypes, arch)):
+            jobs += [(build, arch)] if options.kernel in build.label else []
     if not jobs:
         parser.error(f"no kernel's name contains {options.kernel!r}, in --kernel")
     rows = []
@@ -332,11 +382,17 @@ def main() -> int:
 
 
 def _print_table(rows: list[Row]) -> None:
-    print("kernel                     arch   dtype shape                regs spill  shared wide  s")
+    print(
+        "kernel                                arch   dtype shape                    regs spill  "
+        "shared wide  warps tensor special load s"
+    )
     for r in rows:
+        loop = r.main_loop
+        held = f"{loop.tensor:6} {loop.special:7} {loop.load:4.2f}" if loop else " " * 19
         print(
-            f"{r.kernel:26} {r.arch:6} {r.dtype:5} {r.shape!s:20} {r.registers:4} "
-            f"{r.spill_bytes:5} {r.shared_bytes:7} {'yes' if r.wide_loads else 'no':4} {r.seconds}"
+            f"{r.kernel:37} {r.arch:6} {r.dtype:5} {r.shape!s:24} {r.registers:4} "
+            f"{r.spill_bytes:5} {r.shared_bytes:7} {'yes' if r.wide_loads else 'no':4} "
+            f"{r.occupancy:6.1%} {held} {r.seconds}"
         )
 
 

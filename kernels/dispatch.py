@@ -20,12 +20,15 @@ from kernels import runtime
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "group_norm_silu": ("triton", "library", "apex", "reference"),
     "frozen_conv2d": ("library", "reference"),
+    "norm_silu_conv": ("library", "triton", "reference"),
     "frozen_unet_block": ("triton", "library", "reference"),
     "attention": ("library", "xformers", "reference"),
     "resample2x": ("triton", "library", "reference"),
     "resize_normalize": ("triton", "library", "reference"),
 }
 GENERAL = ("triton", "library", "reference")
+# Why an op that has a kernel is not run by it.
+RESERVED = {"norm_silu_conv": "its kernel was not measured to be faster anywhere yet"}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Every kernel is compiled for these ahead of time; on others nothing was ever tried.
 KNOWN_ARCHITECTURES = ((8, 0), (9, 0))
@@ -102,7 +105,7 @@ def _automatic(op: str, device_type: str, dtype: torch.dtype) -> Choice:
     if obstacle:
         _say_once(f"{op} runs as library: {obstacle}")
         return Choice("library", obstacle)
-    return Choice(best, "first of those that can run here")
+    return Choice(best, RESERVED.get(op, "first of those that can run here"))
 
 
 def _obstacle(implementation: str, device_type: str, dtype: torch.dtype) -> str | None:

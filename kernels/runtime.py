@@ -27,28 +27,36 @@ INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel start: its run-time arguments in order, its constexprs and its warps."""
+    """One kernel start: its run-time arguments in order, its constexprs, warps and stages."""
 
     kernel: Any
     args: tuple[Any, ...]
     constants: dict[str, Any]
     num_warps: int
+    num_stages: int | None = None
+    """Loads in flight of a pipelined loop; None leaves it to Triton."""
 
 
 _recorders: list[list[Launch]] = []
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    num_warps: int,
+    num_stages: int | None = None,
+    **constants: Any,
 ) -> None:
     """Starts `kernel` on `grid` programs; under `recording` only notes what would start.
 
     `args`: tensors (or None), integers and floats in the kernel's order; `constants`: constexprs.
     """
     if _recorders:
-        _recorders[-1].append(Launch(kernel, args, constants, num_warps))
+        _recorders[-1].append(Launch(kernel, args, constants, num_warps, num_stages))
         return
-    kernel[grid](*args, **constants, num_warps=num_warps)
+    stages = {} if num_stages is None else {"num_stages": num_stages}
+    kernel[grid](*args, **constants, num_warps=num_warps, **stages)
 
 
 @contextmanager

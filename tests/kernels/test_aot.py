@@ -27,6 +27,8 @@ GOOD = Row(
     tensor_core=None,
     seconds=0.3,
     wide_loads=True,
+    occupancy=0.5,
+    main_loop=None,
 )
 
 
@@ -137,6 +139,11 @@ def test_planted_defects_are_found(defect: dict, message: str) -> None:
     assert problems([GOOD]) == []
     (line,) = problems([GOOD, replace(GOOD, **defect)])
     assert message in line and "norm_silu.forward for sm_80, bf16 [64, 256, 32, 32]" in line
+    convolution = replace(GOOD, kernel="norm_silu_conv.convolution", arch="sm_90")
+    (line,) = problems([convolution])
+    assert "None in place of wgmma instructions" in line
+    assert problems([replace(convolution, tensor_core="wgmma")]) == []
+    assert problems([replace(convolution, dtype="fp32")]) == []
     larger = replace(GOOD, arch="sm_90", shared_bytes=170_000)
     assert problems([larger]) == []
 
