@@ -110,6 +110,6 @@ class CompiledStep(PlainStep):
 
 
 def _allow_variants(number: int) -> None:
-    """Dynamo keeps the graphs of all that runs the same code together, and only so many of them."""
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, number)
+    """Dynamo keeps the graphs of all steps that run the same code together, only so many of them,
+    and fails where they do not suffice."""
+    torch._dynamo.config.recompile_limit += number
