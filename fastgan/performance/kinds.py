@@ -48,8 +48,8 @@ _RULES = tuple(
     )
 )
 # A custom op counts as a whole: its library form may well call a convolution.
-_WHOLE = re.compile(r"fastgan::(group_norm_silu|resample2x|resize_normalize)")
-_WHOLE_KINDS = {"group_norm_silu": "norm"}
+_WHOLE = re.compile(r"fastgan::(group_norm_silu|norm_silu_conv|resample2x|resize_normalize)")
+_WHOLE_KINDS = {"group_norm_silu": "norm", "norm_silu_conv": "convolution"}
 _INDUCTOR = re.compile(r"(?:triton_(?P<form>[a-z]+)|cpp)_fused_(?P<ops>\w+?)(?:_\d+)?$")
 _FUSED_RULES = (
     ("attention", re.compile(r"softmax|attention|bmm")),

@@ -15,6 +15,8 @@ NAMES = {
         "warpgroupsize1x1x1_g1_execute_segment_k_off_kernel__5x_cudnn",
         "sm80_xmma_dgrad_implicit_gemm_f32f32_f32f32_f32_nhwckrsc_nhwc_tilesize128x64x16_cudnn",
         "void cutlass__5x_cudnn::Kernel<cutlass_tensorop_bf16_s16816wgrad_optimized_bf16_128x64>",
+        "fastgan::norm_silu_conv_backward",
+        "_convolution_input_grad_kernel",
         "void implicit_convolve_sgemm<float, float, 1024, 5, 5, 3, 3, 3, 1, true, false, true>",
         "void cudnn::winograd_nonfused::winogradForwardData4x4<float, float>",
         "ampere_bf16_s16816gemm_bf16_128x128_ldg8_f2f_stages_32x5_tn",

@@ -15,6 +15,7 @@ OPS = {
     "frozen_conv": 150,
     "resample": 40,
     "resize_normalize": 20,
+    "norm_silu_conv": 200,
 }
 NETWORKS = ("CIFAR", "FFHQ", "ImageNet")
 _KEYS = ("op", "network", "shape", "direction", "candidate", "count", "kept_bytes", "peak_bytes")
