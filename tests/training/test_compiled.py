@@ -125,13 +125,11 @@ class Traced(CompiledStep):
 
 
 @pytest.mark.timeout(300)
-def test_three_backbones_and_two_layouts_stay_within_what_dynamo_keeps(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@torch._dynamo.config.patch(recompile_limit=8)
+def test_three_backbones_and_two_layouts_stay_within_what_dynamo_keeps() -> None:
     """On a GPU reals and fakes are laid out differently; several processes rehearse on copies."""
     torch.compiler.reset()
     counters.clear()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     torch.manual_seed(4)
     heads = ProjectedDiscriminator([Levels() for _ in range(3)]).double().train()
     step = make(Traced, heads, generator())

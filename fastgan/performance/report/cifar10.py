@@ -9,31 +9,27 @@ networks' weights. Runs lie among the caches: what comes home are networks, grid
 
 import json
 import os
+import shlex
 import shutil
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from safetensors.torch import save_file
 
-from fastgan import config as cfg
 from fastgan.checkpoint.network_file import load_network_file, save_network
 from fastgan.checkpoint.store import EMA, latest_checkpoint
-from fastgan.cli import compose
 from fastgan.errors import UserError, run_command
-from fastgan.evaluate import evaluate
 from fastgan.files import replace_atomically
 from fastgan.performance.pictures import write_pictures
 from fastgan.performance.report.parts import AGAIN, BESIDE, ROOT, Case, module
 from fastgan.performance.report.results import Content, case_parser, header, write_json
 from fastgan.performance.report.runner import CACHES
 from fastgan.performance.report.timing import DEVICE
-from fastgan.pretrain import pretrain
-from fastgan.sample import sample
 from fastgan.seeding import seeded
-from fastgan.train import train
-from fastgan.training.stop import Preempted
+from fastgan.training.stop import PREEMPTED, Preempted
 from fastgan.vision import import_timm
 
 PART = "cifar10"
@@ -114,7 +110,7 @@ class Study:
             words = [*self.common, *extractor, f"images={images}", f"out={out}", "batch=250"]
             words += [f"reference={reference or kept}"]
             words += [] if reference is None else [f"save_reference={kept}"]
-            evaluate(compose("evaluate", cfg.EvaluateConfig, words))
+            run("evaluate", words)
             result = json.loads(out.read_text())
             out.unlink()
             found[name] = {key: result[key] for key in ("metric", "value", "n")}
@@ -125,7 +121,7 @@ class Study:
         images = self.cache / "sampled.npz"
         images.unlink(missing_ok=True)
         words = [f"checkpoint={network}", f"out={images}", f"seeds=0-{self.n - 1}", "batch=250"]
-        sample(compose("sample", cfg.SampleConfig, [*self.common, *words, *sampler]))
+        run("sample", [*self.common, *words, *sampler])
         return self.scores(images)
 
     def snapshots(self, images: int) -> list[str]:
@@ -172,9 +168,18 @@ def _training_images(cache: Path) -> Path:
     return joined
 
 
+def run(command: str, words: list[str]) -> None:
+    """python -m fastgan.COMMAND; Preempted where it was stopped. UserError: it failed."""
+    status = subprocess.run([sys.executable, "-m", f"fastgan.{command}", *words]).returncode
+    if status == PREEMPTED:
+        raise Preempted(command)
+    if status:
+        what = f"python -m fastgan.{command} {shlex.join(words)}"
+        raise UserError(f"ended with {status}, {what}, 0 was expected")
+
+
 def real(study: Study) -> Content:
     """Test images against training images: what finite sets leave. Keeps the statistics."""
-
     return {"scores": study.scores(study.test, reference=study.train)}
 
 
@@ -184,7 +189,8 @@ def pretrained(study: Study) -> Content:
     if study.tiny:
         words += ["batch=4", "total_images=8", "snapshot=4", "tick=4", "eval.sampler.steps=2"]
         words += ["network.model_channels=16", "precision=published"]
-    return _trained(study, "pretrain", pretrain, cfg.PretrainConfig, words)
+    # Heun's 35 evaluations per image, in strict float32, would take longer than the training.
+    return _trained(study, "pretrain", "pretrain", words, min(study.n, FEW))
 
 
 def teacher(study: Study) -> Content:
@@ -203,20 +209,16 @@ def fine_tuned(study: Study, stage: str) -> Content:
     words += [f"total_images={IMAGES['fine-tune']}", "snapshot=100k"]
     if study.tiny:
         words += ["engine=plain", "batch=2", "total_images=4", "snapshot=2", "tick=2"]
-    found = _trained(study, stage, train, cfg.TrainConfig, words)
+    found = _trained(study, stage, "train", words, study.n)
     return found | {"scores": study.scores_of(study.folder / EMA)}
 
 
-def _trained(
-    study: Study, stage: str, run: Callable[[Any], None], schema: type, words: list[str]
-) -> Content:
-    """Trains, or goes on training; brings the averaged network in bfloat16, grids and the log."""
+def _trained(study: Study, stage: str, command: str, words: list[str], images: int) -> Content:
+    """Trains, or goes on training, measured by so many `images`; brings the averaged network in
+    bfloat16, grids and the log."""
     run_dir = study.run_dir(stage)
     settings = [*study.common, f"data.path={study.train}", f"run_dir={run_dir}"]
-    name = "pretrain" if schema is cfg.PretrainConfig else "train"
-    # Heun's 35 evaluations per image, in strict float32, would take longer than the training.
-    images = study.n if name == "train" else min(study.n, FEW)
-    run(compose(name, schema, [*words, *settings, *study.snapshots(images)]))
+    run(command, [*words, *settings, *study.snapshots(images)])
     latest = latest_checkpoint(run_dir / "checkpoints")
     assert latest is not None
     source = load_network_file(latest / EMA)
@@ -257,6 +259,8 @@ def main() -> int:
     study = Study(options.folder, options.tiny)
     stages = {"real": real, "pretrain": pretrained, "teacher": teacher}
     stage = stages.get(options.stage) or (lambda study: fine_tuned(study, options.stage))
+    # The command that runs gets the signal as well, and saves: wait for it.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:
         content = stage(study)
     except Preempted:
