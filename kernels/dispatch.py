@@ -20,15 +20,15 @@ from kernels import runtime
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "group_norm_silu": ("triton", "library", "apex", "reference"),
     "frozen_conv2d": ("library", "reference"),
-    "norm_silu_conv": ("library", "triton", "reference"),
+    "norm_silu_conv": ("tuned", "library", "triton", "reference"),
     "frozen_unet_block": ("triton", "library", "reference"),
     "attention": ("library", "xformers", "reference"),
     "resample2x": ("triton", "library", "reference"),
     "resize_normalize": ("triton", "library", "reference"),
 }
 GENERAL = ("triton", "library", "reference")
-# Why an op that has a kernel is not run by it.
-RESERVED = {"norm_silu_conv": "its kernel was not measured to be faster anywhere yet"}
+# A setting for all ops takes these by Triton only where that was measured to be faster.
+MEASURED = ("norm_silu_conv",)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Every kernel is compiled for these ahead of time; on others nothing was ever tried.
 KNOWN_ARCHITECTURES = ((8, 0), (9, 0))
@@ -103,9 +103,11 @@ def _automatic(op: str, device_type: str, dtype: torch.dtype) -> Choice:
     best = IMPLEMENTATIONS[op][0]
     obstacle = _obstacle(best, device_type, dtype)
     if obstacle:
-        _say_once(f"{op} runs as library: {obstacle}")
+        if best == "triton":
+            _say_once(f"{op} runs as library: {obstacle}")
         return Choice("library", obstacle)
-    return Choice(best, RESERVED.get(op, "first of those that can run here"))
+    by_shape = "kernel or library, whichever was measured to be faster for a shape"
+    return Choice(best, by_shape if best == "tuned" else "first of those that can run here")
 
 
 def _obstacle(implementation: str, device_type: str, dtype: torch.dtype) -> str | None:
@@ -116,7 +118,7 @@ def _obstacle(implementation: str, device_type: str, dtype: torch.dtype) -> str 
         from kernels import optional
 
         return optional.obstacle(implementation, device_type)
-    if implementation != "triton":
+    if implementation not in ("triton", "tuned"):
         return None
     if not runtime.HAS_TRITON:
         return "triton is not installed"
@@ -126,7 +128,9 @@ def _obstacle(implementation: str, device_type: str, dtype: torch.dtype) -> str 
         return None if runtime.INTERPRETED else "CPU tensors need TRITON_INTERPRET=1"
     if runtime.INTERPRETED:
         return "TRITON_INTERPRET=1 is set"
-    return unknown_architecture(device_type)
+    return unknown_architecture(device_type) or (
+        unmeasured_architecture() if implementation == "tuned" else None
+    )
 
 
 @cache
@@ -140,6 +144,17 @@ def unknown_architecture(device_type: str) -> str | None:
     return f"the kernels were never tried on sm_{capability[0]}{capability[1]}"
 
 
+@cache
+def unmeasured_architecture() -> str | None:
+    """Why no table says which kernels are faster on this GPU than the library, or None."""
+    from kernels import conv_table
+
+    major, minor = torch.cuda.get_device_capability()
+    if conv_table.path((major, minor)).is_file():
+        return None
+    return f"nothing was measured on sm_{major}{minor}, python -m kernels.tune would"
+
+
 def _forced(op: str) -> tuple[str, str]:
     """What is asked for this op (`auto` if nothing) and who asks."""
     variable = os.environ.get(VARIABLE)
@@ -147,7 +162,9 @@ def _forced(op: str) -> tuple[str, str]:
     per_op = _parse(setting, origin)
     wanted = per_op.get(op, per_op["*"])
     if wanted == "triton" and "triton" not in IMPLEMENTATIONS[op]:
-        return "library", f"{origin}={setting}"
+        wanted = "library"
+    if wanted == "triton" and op in MEASURED and op not in per_op:
+        wanted = "auto"
     return wanted, f"{origin}={setting}"
 
 

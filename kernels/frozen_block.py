@@ -4,62 +4,31 @@
     y = gain (conv1(silu(shift + norm1(h + pre_shift) (1 + scale))) + skip(resample(x)))
 
 x [N, Cin, H, W] -> y [N, Cout, H', W']. Kept for backward: x, h and the norms' statistics; what the
-convolutions and activations saw is never needed, since their weights do not train. The gain and the
-gradient along the skip enter the norms' backward kernels instead of passes of their own, conv0's
-bias enters norm1's pre_shift and conv1's the final addition. A 1x1 skip convolution commutes with
-resampling: it runs on the smaller side. Norms, embedding and skip may train.
+convolutions and activations saw is never needed, since their weights do not train. Norms, embedding
+and skip may train.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import dispatch
-from kernels.add import add_scaled
 from kernels.attention import Attention, Conv, Norm, convolve, self_attention
 from kernels.checks import check_groups, check_image, check_tensor
-from kernels.frozen_conv import check_frozen, frozen_conv2d_forward, frozen_conv2d_input_grad
-from kernels.layout import channels_last_like, to_channels_last
+from kernels.frozen_block_passes import Inputs, backward, forward
+from kernels.frozen_conv import check_frozen
+from kernels.layout import to_channels_last
 from kernels.norm_silu import group_norm_silu
-from kernels.norm_silu_triton import group_norm_silu_backward, group_norm_silu_forward
-from kernels.resample import resample2x, resample2x_launch
+from kernels.resample import resample2x
 
 OP = "frozen_unet_block"
 RESAMPLES = ("", "up", "down")
 
 
-class _Inputs(NamedTuple):
-    """The op's arguments, in its order."""
-
-    x: Tensor
-    norm0_weight: Tensor
-    norm0_bias: Tensor
-    norm1_weight: Tensor
-    norm1_bias: Tensor
-    pre_shift: Tensor | None
-    scale: Tensor | None
-    shift: Tensor | None
-    skip_weight: Tensor | None
-    skip_bias: Tensor | None
-    conv0_weight: Tensor
-    conv0_bias: Tensor
-    conv1_weight: Tensor
-    conv1_bias: Tensor
-    groups0: int
-    groups1: int
-    eps0: float
-    eps1: float
-    resample: str
-    taps: list[float]
-    gain: float
-
-
 _TENSORS = "Tensor x, " + "".join(
     f"Tensor{'?' if name in ('pre_shift', 'scale', 'shift', 'skip_weight', 'skip_bias') else ''} "
     f"{name}, "
-    for name in _Inputs._fields[1:14]
+    for name in Inputs._fields[1:14]
 )
 _SCHEMA = (
     _TENSORS + "int groups0, int groups1, float eps0, float eps1, str resample, float[] taps, "
@@ -75,151 +44,16 @@ def frozen_unet_block_ref(*args: object, **options: object) -> Tensor:
         return frozen_unet_block(*args, **options)  # type: ignore[arg-type]
 
 
-def _resampled(x: Tensor, i: _Inputs) -> Tensor:
-    if not i.resample:
-        return x
-    return resample2x_launch(x, i.taps, i.resample == "up", 1.0, None, None, 1.0)
-
-
-def _resampled_back(dy: Tensor, i: _Inputs) -> Tensor:
-    """The adjoint of `_resampled`: the other direction, times four or a quarter."""
-    if not i.resample:
-        return dy
-    up = i.resample == "up"
-    return resample2x_launch(dy, i.taps, not up, 4.0 if up else 0.25, None, None, 1.0)
-
-
-def _convolved(x: Tensor, weight: Tensor) -> Tensor:
-    return frozen_conv2d_forward(x, weight, None, 1, weight.shape[-1] // 2)
-
-
-def _convolved_back(dy: Tensor, weight: Tensor) -> Tensor:
-    size = list(dy.shape[2:])
-    return frozen_conv2d_input_grad(dy, weight, None, size, 1, weight.shape[-1] // 2)
-
-
-def _pre_shift(i: _Inputs) -> Tensor:
-    """What norm1 adds to h [N or 1 -> N, Cout] in float32: conv0's bias and the embedding."""
-    bias = i.conv0_bias.float()[None]
-    return (bias if i.pre_shift is None else bias + i.pre_shift.float()).expand(len(i.x), -1)
-
-
-def _forward(i: _Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, and what backward reads beside x: h without conv0's bias, both norms' statistics."""
-    s0, statistics0 = group_norm_silu_forward(
-        i.x, i.groups0, i.norm0_weight, i.norm0_bias, i.eps0, None, None, None, True
-    )
-    h = _convolved(_resampled(s0, i), i.conv0_weight)
-    s1, statistics1 = group_norm_silu_forward(
-        h,
-        i.groups1,
-        i.norm1_weight,
-        i.norm1_bias,
-        i.eps1,
-        _pre_shift(i),
-        i.scale,
-        i.shift,
-        True,
-    )
-    branch = _convolved(s1, i.conv1_weight)
-    return _joined(i, branch), h, statistics0, statistics1
-
-
-def _joined(i: _Inputs, branch: Tensor) -> Tensor:
-    """gain (branch + conv1's bias + skip), in one pass behind the skip's convolution."""
-    bias, along, pending = i.conv1_bias.float(), i.x, bool(i.resample)
-    if i.skip_weight is not None:
-        if i.resample == "down":
-            along, pending = _resampled(along, i), False
-        along = _convolved(along, i.skip_weight)
-        bias = bias if i.skip_bias is None else bias + i.skip_bias.float()
-    if pending:
-        return resample2x_launch(along, i.taps, i.resample == "up", 1.0, branch, bias, i.gain)
-    return add_scaled(branch, along, bias, i.gain)
-
-
-def _backward(
-    dy: Tensor, i: _Inputs, h: Tensor, statistics0: Tensor, statistics1: Tensor, wanted: str
-) -> list[Tensor]:
-    asked = frozenset(wanted.split())
-    dy = channels_last_like(dy, i.x)
-    found = _skip_gradients(dy, i, asked)
-    of_norm1 = group_norm_silu_backward(
-        _convolved_back(dy, i.conv1_weight),
-        h,
-        statistics1,
-        i.groups1,
-        i.norm1_weight,
-        i.norm1_bias,
-        _pre_shift(i),
-        i.scale,
-        i.shift,
-        True,
-        frozenset({"x", *(asked & {"pre_shift", "scale", "shift"}), *_affine("1", asked)}),
-        grad_scale=i.gain,
-    )
-    assert of_norm1.x is not None
-    of_norm0 = group_norm_silu_backward(
-        _resampled_back(_convolved_back(of_norm1.x, i.conv0_weight), i),
-        i.x,
-        statistics0,
-        i.groups0,
-        i.norm0_weight,
-        i.norm0_bias,
-        None,
-        None,
-        None,
-        True,
-        frozenset({*(asked & {"x"}), *_affine("0", asked)}),
-        residual=found.get("x"),
-        residual_scale=i.gain,
-    )
-    found |= {"x": of_norm0.x, "affine0": of_norm0.affine, "affine1": of_norm1.affine}
-    for name, value in (("pre_shift", i.pre_shift), ("scale", i.scale), ("shift", i.shift)):
-        if name in asked and value is not None:
-            found[name] = getattr(of_norm1, name).to(value.dtype)
-    return [found[name] for name in wanted.split()]  # type: ignore[misc]
-
-
-def _affine(norm: str, asked: frozenset[str]) -> set[str]:
-    return {"affine"} if f"affine{norm}" in asked else set()
-
-
-def _skip_gradients(dy: Tensor, i: _Inputs, asked: frozenset[str]) -> dict[str, Tensor | None]:
-    """Gradients along the skip: of its parameters, and of x without the gain."""
-    if i.skip_weight is None:
-        return {"x": _resampled_back(dy, i)}
-    found: dict[str, Tensor | None] = {}
-    if "skip_bias" in asked:
-        assert i.skip_bias is not None
-        total = dy.sum(dim=(0, 2, 3), dtype=torch.float32)
-        found["skip_bias"] = (i.gain * total).to(i.skip_bias.dtype)
-    down = i.resample == "down"
-    if i.resample == "up":
-        dy = _resampled_back(dy, i)
-    if "skip_weight" in asked:
-        seen = _resampled(i.x, i) if down else i.x
-        product = _pixels(dy).mT @ _pixels(seen) * i.gain
-        found["skip_weight"] = product[:, :, None, None].contiguous()
-    dx = _convolved_back(dy, i.skip_weight)
-    return found | {"x": _resampled_back(dx, i) if down else dx}
-
-
-def _pixels(x: Tensor) -> Tensor:
-    """[N H W, C] view of a channels_last [N, C, H, W]."""
-    return x.movedim(1, 3).flatten(0, 2)
-
-
 _op = torch.library.custom_op(
     "fastgan::frozen_unet_block",
-    lambda *args: _forward(_Inputs(*args)),
+    lambda *args: forward(Inputs(*args)),
     mutates_args=(),
     schema=f"({_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 _backward_op = torch.library.custom_op(
     "fastgan::frozen_unet_block_backward",
-    lambda dy, h, statistics0, statistics1, wanted, *args: _backward(
-        dy, _Inputs(*args), h, statistics0, statistics1, wanted
+    lambda dy, h, statistics0, statistics1, wanted, *args: backward(
+        dy, Inputs(*args), h, statistics0, statistics1, wanted
     ),
     mutates_args=(),
     schema="(Tensor dy, Tensor h, Tensor statistics0, Tensor statistics1, str wanted, "
@@ -229,7 +63,7 @@ _backward_op = torch.library.custom_op(
 
 @_op.register_fake
 def _(*args):
-    i = _Inputs(*args)
+    i = Inputs(*args)
     n, _, height, width = i.x.shape
     if i.resample:
         height, width = (2 * s if i.resample == "up" else s // 2 for s in (height, width))
@@ -241,7 +75,7 @@ def _(*args):
 
 @_backward_op.register_fake
 def _(dy, h, statistics0, statistics1, wanted, *args):
-    i = _Inputs(*args)
+    i = Inputs(*args)
     widths = {"affine0": i.x.shape[1], "affine1": h.shape[1]}
     return [
         i.x.new_empty(2, widths[name], dtype=torch.float32)
@@ -259,8 +93,8 @@ def _setup(ctx, inputs, output):
 
 def _autograd(ctx, dy, *_):
     h, statistics0, statistics1, *tensors = ctx.saved_tensors
-    i = _Inputs(*tensors, *ctx.settings)
-    needed = dict(zip(_Inputs._fields, ctx.needs_input_grad, strict=True))
+    i = Inputs(*tensors, *ctx.settings)
+    needed = dict(zip(Inputs._fields, ctx.needs_input_grad, strict=True))
     needed["affine0"] = needed["norm0_weight"] or needed["norm0_bias"]
     needed["affine1"] = needed["norm1_weight"] or needed["norm1_bias"]
     wanted = [name for name in _GRADIENTS if needed[name]]
@@ -271,7 +105,7 @@ def _autograd(ctx, dy, *_):
             name = f"norm{norm}_{part}"
             if needed[name]:
                 found[name] = found[f"affine{norm}"][row].to(getattr(i, name).dtype)
-    return tuple(found.get(name) for name in _Inputs._fields)
+    return tuple(found.get(name) for name in Inputs._fields)
 
 
 _op.register_autograd(_autograd, setup_context=_setup)

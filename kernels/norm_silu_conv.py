@@ -18,13 +18,16 @@ from torch.nn import functional as F
 
 from kernels import dispatch
 from kernels.checks import check_groups, check_image, check_tensor
+from kernels.conv_table import OP, plan_for
 from kernels.frozen_conv import check_frozen, frozen_conv2d
 from kernels.layout import to_channels_last
 from kernels.norm_silu import group_norm_silu, group_norm_silu_ref
-from kernels.norm_silu_conv_sums import Affine
-from kernels.norm_silu_conv_triton import norm_silu_conv_backward, norm_silu_conv_forward
-
-OP = "norm_silu_conv"
+from kernels.norm_silu_conv_launch import (
+    norm_silu_conv_backward,
+    norm_silu_conv_forward,
+    shape_of,
+)
+from kernels.norm_silu_conv_sums import Affine, moments, statistics
 
 
 class _Inputs(NamedTuple):
@@ -88,10 +91,14 @@ def norm_silu_conv_ref(
     return (gain * y).to(x.dtype)
 
 
-def group_statistics_ref(y: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """mean and rstd [N, G] over the pixels and channels of y's groups, in float32 at least."""
-    wide = y.to(torch.promote_types(y.dtype, torch.float32)).reshape(len(y), groups, -1)
-    variance, mean = torch.var_mean(wide, dim=2, correction=0)
+def group_statistics_ref(
+    y: Tensor, groups: int, eps: float, pre_shift: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """mean and rstd [N, G] over the groups of y + pre_shift [N, C], in float32 at least."""
+    wide = y.to(torch.promote_types(y.dtype, torch.float32))
+    if pre_shift is not None:
+        wide = wide + pre_shift.to(wide.dtype)[:, :, None, None]
+    variance, mean = torch.var_mean(wide.reshape(len(y), groups, -1), dim=2, correction=0)
     return mean, (variance + eps).rsqrt()
 
 
@@ -119,19 +126,25 @@ def _op(
     gain: float,
     next_groups: int,
     next_eps: float,
+    next_pre_shift: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, and mean and rstd of x's and (unless next_groups is 0) of y's groups."""
     after = Affine(norm_weight, norm_bias, pre_shift, scale, shift)
-    return norm_silu_conv_forward(
-        x, num_groups, weight, bias, eps, after, residual, gain, next_groups, next_eps
+    plan = plan_for("forward", x, shape_of(x, weight))
+    y, found, of_y = norm_silu_conv_forward(
+        *(x, num_groups, weight, bias, eps, after, residual, gain, plan), sums=next_groups > 0
     )
+    if not next_groups:
+        return y, found, found.new_empty(2, len(x), 0)
+    behind = Affine(pre_shift=next_pre_shift).dense()
+    return y, found, statistics(of_y or moments(y), next_groups, next_eps, behind)[0]
 
 
 @_op.register_fake
 def _(x, num_groups, norm_weight, norm_bias, weight, *rest):
     n, _, height, width = x.shape
     y = x.new_empty(n, weight.shape[0], height, width).to(memory_format=torch.channels_last)
-    found, of_y = (x.new_empty(2, n, g, dtype=torch.float32) for g in (num_groups, rest[-2]))
+    found, of_y = (x.new_empty(2, n, g, dtype=torch.float32) for g in (num_groups, rest[-3]))
     return y, found, of_y
 
 
@@ -151,8 +164,9 @@ def _backward_op(
     wanted: str,
 ) -> list[Tensor]:
     after = Affine(norm_weight, norm_bias, pre_shift, scale, shift)
+    plan = plan_for("backward", x, shape_of(x, weight))
     found = norm_silu_conv_backward(
-        dy, x, statistics, num_groups, weight, after, gain, frozenset(wanted.split())
+        dy, x, statistics, num_groups, weight, after, gain, frozenset(wanted.split()), plan
     )
     return [getattr(found, name) for name in wanted.split()]
 
@@ -199,7 +213,7 @@ def _backward(ctx, dy, *_):
         *(None, None, None),
         *(found.get(name) for name in ("pre_shift", "scale", "shift")),
         of_residual,
-        *(None, None, None),
+        *(None, None, None, None),
     )
 
 
@@ -235,7 +249,7 @@ def norm_silu_conv(
     chosen = dispatch.implementation(OP, x.device.type, x.dtype)
     if chosen == "reference":
         return norm_silu_conv_ref(**i._asdict())
-    return _library(i) if chosen == "library" else _op(*_dense(i), 0, 0.0)[0]
+    return _library(i) if chosen == "library" else _op(*_dense(i), 0, 0.0, None)[0]
 
 
 def norm_silu_conv_statistics(
@@ -248,6 +262,7 @@ def norm_silu_conv_statistics(
     *,
     next_groups: int,
     next_eps: float,
+    next_pre_shift: Tensor | None = None,
     eps: float,
     pre_shift: Tensor | None = None,
     scale: Tensor | None = None,
@@ -255,10 +270,10 @@ def norm_silu_conv_statistics(
     residual: Tensor | None = None,
     gain: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """norm_silu_conv's y, and the mean and rstd [N, next_groups] of its groups, in float32.
+    """norm_silu_conv's y, and mean and rstd [N, next_groups] of y + next_pre_shift, in float32.
 
-    For the norm behind it, which need not read y for them; they carry no gradient, as a norm's
-    backward pass takes them to be functions of its input.
+    For the norm behind it, which need not read y for them, and what it adds first [N, Cout]; they
+    carry no gradient, as a norm's backward pass takes them to be functions of its input.
     """
     after = (pre_shift, scale, shift, residual, gain)
     i = _Inputs(x, num_groups, norm_weight, norm_bias, weight, bias, eps, *after)
@@ -267,12 +282,15 @@ def norm_silu_conv_statistics(
         raise ValueError(
             f"next_groups {next_groups} does not divide the {weight.shape[0]} channels of y"
         )
-    if dispatch.implementation(OP, x.device.type, x.dtype) == "triton":
-        y, _, found = _op(*_dense(i), next_groups, next_eps)
+    n, cout = len(x), len(weight)
+    check_tensor("next_pre_shift", next_pre_shift, (n, cout), x)
+    before = None if next_pre_shift is None else next_pre_shift.detach().expand(n, cout)
+    if dispatch.implementation(OP, x.device.type, x.dtype) in ("triton", "tuned"):
+        y, _, found = _op(*_dense(i), next_groups, next_eps, before)
         mean, rstd = found.detach()
         return y, mean, rstd
     y = norm_silu_conv(**i._asdict())
-    return y, *group_statistics_ref(y.detach(), next_groups, next_eps)
+    return y, *group_statistics_ref(y.detach(), next_groups, next_eps, before)
 
 
 def _dense(i: _Inputs) -> _Inputs:

@@ -7,6 +7,7 @@ Moments are a mean and the squared deviations from it, merged as in Chan et al. 
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -158,9 +159,9 @@ def _gradients_kernel(
 
 @triton.jit
 def _dx_kernel(
-    x_ptr, dz_ptr, dx_ptr, mean_ptr, rstd_ptr, m1_ptr, m2_ptr,
+    x_ptr, dz_ptr, dx_ptr, residual_ptr, mean_ptr, rstd_ptr, m1_ptr, m2_ptr,
     weight_ptr, pre_shift_ptr, scale_ptr,
-    pixels, channels, groups, pre_shift_row, scale_row,
+    pixels, channels, groups, pre_shift_row, scale_row, residual_scale,
     BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     _, n, inside, offs_c, mask_c, offs = _own_tile(pixels, channels, BLOCK, WIDE)
@@ -176,6 +177,9 @@ def _dx_kernel(
     dz = tl.load(dz_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     xhat = (u - mean[None, :]) * rstd[None, :]
     dx = rstd[None, :] * (a[None, :] * dz - m1[None, :] - xhat * m2[None, :])
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        dx += residual_scale * residual
     tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -183,11 +187,11 @@ def _dx_kernel(
 class Affine:
     """What follows the normalisation: [C] weight and bias, dense rows of [N, C] for the rest."""
 
-    weight: Tensor | None
-    bias: Tensor | None
-    pre_shift: Tensor | None
-    scale: Tensor | None
-    shift: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    pre_shift: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
 
     def dense(self) -> "Affine":
         per_sample = (rows(v) for v in (self.pre_shift, self.scale, self.shift))
@@ -206,7 +210,12 @@ class Affine:
         return before, scale, shift
 
 
-NOTHING = Affine(None, None, None, None, None)
+class Moments(NamedTuple):
+    """Sums [sums, N, tiles, C] of an image's tiles: of `block` pixels each, of `pixels` in all."""
+
+    partial: Tensor
+    block: int
+    pixels: int
 
 
 def workspace(sums: int, x: Tensor, block: int, channels: int) -> Tensor:
@@ -221,8 +230,8 @@ def pixel_tile(pixels: int) -> int:
     return min(128, next_power_of_2(pixels))
 
 
-def moments(x: Tensor) -> Tensor:
-    """The workspace with the moments of every tile (see pixel_tile) of x."""
+def moments(x: Tensor) -> Moments:
+    """Mean and squared deviations of every tile (see pixel_tile) of x."""
     n, channels, height, width = x.shape
     block = pixel_tile(height * width)
     partial = workspace(2, x, block, channels)
@@ -233,32 +242,26 @@ def moments(x: Tensor) -> Tensor:
         *(x, partial, partial.stride(0), height * width, channels),
         **{"BLOCK": block, "WIDE": CHANNELS, "num_warps": 8},
     )
-    return partial
+    return Moments(partial, block, height * width)
 
 
 def statistics(
-    partial: Tensor,
-    pixels: int,
-    block: int,
-    groups: int,
-    eps: float,
-    after: Affine = NOTHING,
-    *,
-    fused: bool = False,
+    of: Moments, groups: int, eps: float, after: Affine | None = None, *, fused: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """mean and rstd [2, N, G] of a workspace with tiles of `block` pixels.
+    """mean and rstd [2, N, G] of what the moments are of, with `after`'s pre_shift added.
 
     `fused`: also a and b [2, N, C], with which the whole norm of x is a x + b.
     """
-    _, n, _, channels = partial.shape
-    found = partial.new_empty(2, n, groups)
-    coefficients = partial.new_empty(2, n, channels) if fused else None
+    after = after or Affine()
+    _, n, _, channels = of.partial.shape
+    found = of.partial.new_empty(2, n, groups)
+    coefficients = of.partial.new_empty(2, n, channels) if fused else None
     launch(
         _statistics_kernel,
         (n, groups),
-        *(partial, *found, *((None, None) if coefficients is None else coefficients)),
-        *(*after.tensors, partial.stride(0), pixels, channels, groups, *after.strides, eps),
-        **_plan(channels // groups, block),
+        *(of.partial, *found, *((None, None) if coefficients is None else coefficients)),
+        *(*after.tensors, of.partial.stride(0), of.pixels, channels, groups, *after.strides, eps),
+        **_plan(channels // groups, of.block),
     )
     return found, coefficients
 
@@ -266,37 +269,39 @@ def statistics(
 def _plan(group: int, block: int) -> dict[str, int]:
     """Constexprs and warps of the kernels that add up a group's tiles of `block` pixels."""
     wide = max(16, next_power_of_2(group))
-    return {"WIDE": wide, "TILE": block, "BLOCK": max(1, 2048 // wide), "num_warps": 4}
+    return {"WIDE": wide, "TILE": block, "BLOCK": max(1, 1024 // wide), "num_warps": 4}
 
 
 def reduce_gradients(
-    partial: Tensor,
-    pixels: int,
-    block: int,
-    groups: int,
-    rstd: Tensor,
-    after: Affine,
-    *found: Tensor | None,
+    of: Moments, groups: int, rstd: Tensor, after: Affine, *found: Tensor | None
 ) -> Tensor:
-    """m1 and m2 [2, N, G], the means that dx needs, of the sums in a workspace.
+    """m1 and m2 [2, N, G], the means that dx needs, of the sums over dz.
 
     found: where the gradients of pre_shift, scale, shift, and by sample of weight and bias, go.
     """
-    _, n, _, channels = partial.shape
-    means = partial.new_empty(2, n, groups)
+    _, n, _, channels = of.partial.shape
+    means = of.partial.new_empty(2, n, groups)
     _, scale_row, shift_row = after.strides
     launch(
         _gradients_kernel,
         (n, groups),
-        *(partial, *means, rstd, *found, after.weight, after.bias, after.scale, after.shift),
-        *(partial.stride(0), pixels, channels, groups, scale_row, shift_row),
-        **_plan(channels // groups, block),
+        *(of.partial, *means, rstd, *found, after.weight, after.bias, after.scale, after.shift),
+        *(of.partial.stride(0), of.pixels, channels, groups, scale_row, shift_row),
+        **_plan(channels // groups, of.block),
     )
     return means
 
 
-def input_grad(x: Tensor, dz: Tensor, statistics: Tensor, means: Tensor, after: Affine) -> Tensor:
-    """dx of the norm for the gradient dz behind it, from the sums over dz."""
+def input_grad(
+    x: Tensor,
+    dz: Tensor,
+    statistics: Tensor,
+    means: Tensor,
+    after: Affine,
+    residual: Tensor | None = None,
+    residual_scale: float = 1.0,
+) -> Tensor:
+    """dx of the norm for the gradient dz behind it, from the sums over dz, and the residual's."""
     n, channels, height, width = x.shape
     dx = torch.empty_like(x)
     groups, block = statistics.shape[2], pixel_tile(height * width)
@@ -304,8 +309,8 @@ def input_grad(x: Tensor, dz: Tensor, statistics: Tensor, means: Tensor, after: 
     launch(
         _dx_kernel,
         (n * cdiv(height * width, block), cdiv(channels, CHANNELS)),
-        *(x, dz, dx, *statistics, *means, after.weight, after.pre_shift, after.scale),
-        *(height * width, channels, groups, before_row, scale_row),
+        *(x, dz, dx, residual, *statistics, *means, after.weight, after.pre_shift, after.scale),
+        *(height * width, channels, groups, before_row, scale_row, residual_scale),
         **{"BLOCK": block, "WIDE": CHANNELS, "num_warps": 8},
     )
     return dx

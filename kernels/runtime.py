@@ -5,6 +5,7 @@ and compiles exactly that, so that no second list of signatures can fall out of 
 """
 
 import importlib.util
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +58,17 @@ def launch(
         return
     stages = {} if num_stages is None else {"num_stages": num_stages}
     kernel[grid](*args, **constants, num_warps=num_warps, **stages)
+
+
+def descriptor(x: Any, shape: list[int], block: list[int]) -> Any:
+    """Triton's descriptor (TMA on sm_90) of a dense tensor taken as `shape`, in tiles of `block`.
+
+    The last side of the shape in bytes, and x's address, are multiples of 16.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return TensorDescriptor(x, shape, strides, block)
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 Registers and shared memory bound how many warps a multiprocessor holds. In the disassembly the loop
 with the most tensor core instructions is looked for, and its special function instructions (MUFU:
-exponentials, reciprocals) are weighed against them by the cycles that a multiprocessor needs for
-each. Latencies, memory and everything else are left out: a bound, not a prediction.
+exponentials, reciprocals) and all that its warps issue are weighed against them by the cycles that
+a multiprocessor needs for each. Latencies and memory are left out: bounds, not a prediction. The
+loop of a persistent program has the epilogue of every tile in it and counts it at every turn.
 """
 
 import re
@@ -20,18 +21,23 @@ SHARED = {"sm_80": 167_936, "sm_90": 233_472}
 # 132 at 1.83) and special functions a cycle (the guide's table of throughputs).
 MULTIPLY_ADDS = {"sm_80": 1024, "sm_90": 2048}
 SPECIAL = 16
+# Instructions a cycle, one of each scheduler's.
+ISSUED = 4
 
 
 @dataclass(frozen=True)
 class Loop:
     """Instructions of one turn of the main loop, as one warp meets them.
 
-    load: cycles of the special function units for each cycle of the tensor cores.
+    load and issue: cycles of the special function units, and of the schedulers, for each cycle of
+    the tensor cores.
     """
 
     tensor: int
     special: int
     load: float
+    instructions: int
+    issue: float
 
 
 def tool(name: str, cubin: bytes, *options: str) -> str:
@@ -71,7 +77,7 @@ def main_loop(arch: str, disassembly: str) -> Loop | None:
         if name.startswith("BRA") and target and int(target[1], 16) <= address:
             body = [n for a, n, _ in code if int(target[1], 16) <= a <= address]
             found.append(_loop(arch, body))
-    return max(found, key=lambda loop: (loop.tensor, -loop.special), default=None)
+    return max(found, key=lambda loop: (loop.tensor, -loop.instructions), default=None)
 
 
 def _loop(arch: str, names: list[str]) -> Loop:
@@ -79,7 +85,10 @@ def _loop(arch: str, names: list[str]) -> Loop:
     tensor = [name for name in names if name.startswith(("HMMA", "HGMMA"))]
     # HMMA.16816 is a warp's; HGMMA.64x128x16, of four warps, is met by each of them.
     cycles = sum(_multiply_adds(name) for name in tensor) / MULTIPLY_ADDS[arch]
-    return Loop(len(tensor), special, special * 32 / SPECIAL / cycles if cycles else 0.0)
+    load, issue = special * 32 / SPECIAL, len(names) / ISSUED
+    if not cycles:
+        return Loop(0, special, 0.0, len(names), 0.0)
+    return Loop(len(tensor), special, load / cycles, len(names), issue / cycles)
 
 
 def _multiply_adds(name: str) -> float:

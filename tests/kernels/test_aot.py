@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import aot
-from kernels.aot import Row, builds, problems
+from kernels import aot_builds
+from kernels.aot import Row, problems
+from kernels.aot_builds import builds
 from kernels.shapes import NETWORKS, Norm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,8 +66,8 @@ def test_every_kernel_of_every_network_is_built() -> None:
 def test_chunks_of_a_batch_are_one_program() -> None:
     """576 channels of 64 x 64: four launches forward, eight backward."""
     norm = Norm(576, 64, True, "scale shift")
-    found = list(aot._of_norm(aot._image(32, 576, 64, torch.bfloat16), norm))
-    keys = [aot._specialised(launch, shape, "bf16").key for shape, launch in found]
+    found = aot_builds._of_norm(aot_builds._image(32, 576, 64, torch.bfloat16), norm)
+    keys = [aot_builds.specialised(started, "bf16").key for started in found]
     assert sorted(Counter(keys).values()) == [4, 8]
 
 
@@ -106,9 +107,10 @@ def test_norms_at_their_largest_compile_without_spills() -> None:
     ]
     assert len(chosen) >= 6
     program = (
-        "import json, sys; from dataclasses import asdict; from kernels import aot; import torch\n"
-        "keys = sys.argv[1:]\n"
-        "jobs = [(b, 'sm_90') for b in aot.builds([torch.bfloat16]) if repr(b.key) in keys]\n"
+        "import json, sys; from dataclasses import asdict; import torch\n"
+        "from kernels import aot, aot_builds\n"
+        "every, keys = aot_builds.builds([torch.bfloat16]), sys.argv[1:]\n"
+        "jobs = [(b, 'sm_90') for b in every if repr(b.key) in keys]\n"
         "print(json.dumps([asdict(aot.compile_build(job)) for job in jobs]))"
     )
     done = subprocess.run(
@@ -158,7 +160,7 @@ NASTY = """
 import sys
 sys.path.insert(0, "tests/kernels")
 import torch
-from kernels import aot, runtime
+from kernels import aot, aot_builds, runtime
 from kernels.norm_silu_triton import group_norm_silu_backward, group_norm_silu_forward
 from test_norm_silu import SHAPES
 
@@ -173,7 +175,7 @@ for n, c, h, w, groups in SHAPES.values():
         group_norm_silu_backward(x, x, statistics, groups, *given, every)
         group_norm_silu_backward(x, x, statistics, groups, *given, frozenset({"affine"}))
     for launch in launches:
-        build = aot._specialised(launch, (n, c, h, w), "fp32")
+        build = aot_builds.specialised(aot_builds.Started((n, c, h, w), launch), "fp32")
         if build.key not in done:
             done.add(build.key)
             aot.compile_build((build, "sm_90"))

@@ -9,10 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import dispatch
+from kernels import conv_table, dispatch
 from kernels.dispatch import IMPLEMENTATIONS, choose, implementation, twice_differentiable, use
 
 ROOT = Path(__file__).resolve().parents[2]
+FOUND_OUT = (
+    dispatch.unknown_architecture,
+    dispatch.unmeasured_architecture,
+    dispatch._say_once,
+)
 TRITON_OPS = [op for op, names in IMPLEMENTATIONS.items() if "triton" in names]
 
 
@@ -20,17 +25,18 @@ TRITON_OPS = [op for op, names in IMPLEMENTATIONS.items() if "triton" in names]
 def fresh() -> Iterator[None]:
     """What was found out about the GPU, and what was said, is forgotten."""
     use("auto")
-    for function in (dispatch.unknown_architecture, dispatch._say_once):
+    for function in FOUND_OUT:
         function.cache_clear()
     yield
-    for function in (dispatch.unknown_architecture, dispatch._say_once):
+    for function in FOUND_OUT:
         function.cache_clear()
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """An NVIDIA GPU of sm_90, as far as the choice can see."""
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """An NVIDIA GPU of sm_90 on which nothing was measured, as far as the choice can see."""
     monkeypatch.setattr("kernels.runtime.INTERPRETED", False)
+    monkeypatch.setattr(conv_table, "FOLDER", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
     return monkeypatch
@@ -43,9 +49,23 @@ def test_a_known_gpu_runs_the_first_implementation(
     op: str, dtype: torch.dtype, capability: tuple[int, int], gpu: pytest.MonkeyPatch
 ) -> None:
     gpu.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    conv_table.path(capability).touch()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose(op, "cuda", dtype).implementation == IMPLEMENTATIONS[op][0]
+
+
+@pytest.mark.parametrize("setting", ["auto", "triton"])
+def test_what_was_not_measured_runs_as_library(setting: str, gpu: pytest.MonkeyPatch) -> None:
+    """Its own kernel only for who names it."""
+    use(setting)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choice = choose("norm_silu_conv", "cuda", torch.bfloat16)
+    assert choice.implementation == "library"
+    assert "nothing was measured on sm_90" in choice.reason
+    use("norm_silu_conv=triton")
+    assert choose("norm_silu_conv", "cuda", torch.bfloat16).implementation == "triton"
 
 
 @pytest.mark.parametrize("capability", [(8, 9), (10, 0), (12, 0), (7, 5)])
@@ -120,6 +140,7 @@ def test_one_op_at_a_time() -> None:
 def test_triton_for_all_means_those_that_have_one(op: str) -> None:
     use("triton")
     expected = "triton" if op in TRITON_OPS else "library"
+    expected = "reference" if op == "norm_silu_conv" else expected  # as auto says, on a CPU
     assert implementation(op, "cpu", torch.float32) == expected
 
 

@@ -10,9 +10,11 @@ import torch
 from oracle import DEVICE, assert_as_accurate, gradients
 from torch import Tensor
 
-from kernels import dispatch
+from kernels import dispatch, frozen_block_passes
 from kernels.attention import Attention, Conv, Norm, attention_ref
+from kernels.conv_plans import LIBRARY, Plan, Shape
 from kernels.frozen_block import frozen_unet_block, frozen_unet_block_ref
+from kernels.runtime import recording
 from tests.kept_bytes import kept_bytes
 
 
@@ -107,6 +109,52 @@ def three(b: Block, dtype: torch.dtype, seed: int) -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_as_accurate_as_plain_pytorch(name: str, poisoned: None) -> None:
     assert_as_accurate(*three(BLOCKS[name], torch.float32, seed=0))
+
+
+FUSED, BEHIND = Plan("fused", 32, 16, 16, 4, 2), Plan("behind", 32, 16, 16, 4, 2)
+# First and second convolution forward, and both backward.
+PLANS = {
+    "all fused": (FUSED, FUSED, FUSED),
+    "first fused": (FUSED, LIBRARY, LIBRARY),
+    "second fused": (LIBRARY, FUSED, LIBRARY),
+    "sums alone": (BEHIND, FUSED, LIBRARY),
+    "backward alone": (LIBRARY, LIBRARY, FUSED),
+}
+
+
+@pytest.mark.parametrize("plans", PLANS)
+@pytest.mark.parametrize("name", ["NCSN++", "NCSN++ wider", "NCSN++ up", "NCSN++ down", "ADM"])
+def test_with_convolutions_that_normalise(
+    name: str, plans: str, monkeypatch: pytest.MonkeyPatch, poisoned: None
+) -> None:
+    """As the table of measurements says, here for the convolutions in front and behind h."""
+    first, second, backward = PLANS[plans]
+    given = []
+
+    def plan_for(direction: str, x: Tensor, shape: Shape) -> Plan:
+        # The second's when there is an h; where the block resamples that is the only one.
+        given.append(direction)
+        return backward if direction == "backward" else forward[len(given) - 1]
+
+    b = BLOCKS[name]
+    forward = (second,) if b.resample else (first, second)
+    monkeypatch.setattr(frozen_block_passes, "plan_for", plan_for)
+    assert_as_accurate(*three(b, torch.float32, seed=0))
+    assert given == ["forward"] * len(forward) + ["backward"] * len(forward)
+
+
+def test_the_first_convolutions_sums_are_the_second_norms_statistics(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody reads h for them."""
+    monkeypatch.setattr(frozen_block_passes, "plan_for", lambda *_: FUSED)
+    b = BLOCKS["NCSN++"]
+    trains, frozen = make(b, torch.float32)
+    with recording() as launches:
+        call(frozen_unet_block, b, trains, frozen)
+    names = [launch.kernel.fn.__name__ for launch in launches]
+    convolution = ["_statistics_kernel", "convolution_kernel"]
+    assert names == ["_moments_kernel", *convolution, *convolution]
 
 
 @pytest.mark.parametrize("name", BLOCKS)

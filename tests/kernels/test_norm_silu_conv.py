@@ -5,10 +5,11 @@ from importlib import import_module
 
 import pytest
 import torch
-from oracle import DEVICE, DTYPES, assert_as_accurate, gradients
+from norm_silu_conv_cases import ALL, FROZEN, check, make, run
+from oracle import DEVICE, DTYPES, assert_as_accurate
 from torch import Tensor
 
-from kernels import dispatch, norm_silu_conv_triton
+from kernels import dispatch, norm_silu_conv_launch
 from kernels.norm_silu_conv import (
     group_statistics_ref,
     norm_silu_conv,
@@ -35,83 +36,32 @@ SHAPES = {
     "one channel": (2, 1, 1, 5, 3, 3, 1, 1),
     "one row": (1, 8, 4, 1, 9, 3, 2, 2),
 }
-ALL = "pre_shift scale shift residual"
 FEATURES = {"plain": "", "song": "pre_shift residual", "adm": "scale shift residual", "all": ALL}
-FROZEN = ("weight", "bias")
+MODULE = import_module("kernels.norm_silu_conv")  # its name in the package is the function's
 
 
-def make(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    features: str = ALL,
-    mean: float = 0.5,
-    std: float = 2.0,
-) -> dict[str, Tensor]:
-    """Inputs of the op by name; the norm's parameters are float32 masters, as in the networks."""
-    n, cin, cout, h, w, k, _, _ = shape
-    generator = torch.Generator().manual_seed(3)
-
-    def normal(*size: int) -> Tensor:
-        value = torch.randn(size, generator=generator).to(DEVICE)
-        return value.to(memory_format=torch.channels_last) if len(size) == 4 else value
-
-    inputs = {
-        "x": (normal(n, cin, h, w) * std + mean).to(dtype),
-        "norm_weight": 1 + 0.3 * normal(cin),
-        "norm_bias": 0.3 * normal(cin),
-        "weight": (normal(cout, cin, k, k) / (cin * k * k) ** 0.5).to(dtype),
-        "bias": normal(cout).to(dtype),
-    }
-    for name in features.split():
-        size = (n, cout, h, w) if name == "residual" else (n, cin)
-        inputs[name] = 0.5 * normal(*size).to(dtype)
-    return inputs
-
-
-def run(
-    function: Callable[..., Tensor], inputs: dict[str, Tensor], groups: int, **options: object
-) -> dict[str, Tensor]:
-    """The output and the gradients of all inputs that may train, by name."""
-    leaves = {k: v.clone().requires_grad_() for k, v in inputs.items() if k not in FROZEN}
-    frozen = {name: inputs[name] for name in FROZEN if name in inputs}
-    y = function(num_groups=groups, **leaves, **frozen, **{"eps": 1e-5, "gain": 0.7} | options)
-    return {"y": y, **gradients([y], leaves)}
-
-
-def plain(**arguments: object) -> Tensor:
-    dispatch.use("library")
-    y = norm_silu_conv(**arguments)  # type: ignore[arg-type]
-    dispatch.use("triton")
-    return y
-
-
-def check(
-    inputs: dict[str, Tensor],
-    groups: int,
-    function: Callable[..., Tensor] = norm_silu_conv,
-    **options: object,
-) -> None:
-    double = {name: value.double() for name, value in inputs.items()}
-    exact = run(norm_silu_conv_ref, double, groups, **options)
-    ours = run(function, inputs, groups, **options)
-    assert_as_accurate(ours, run(plain, inputs, groups, **options), exact)
-    assert ours["y"].is_contiguous(memory_format=torch.channels_last)
+@pytest.fixture(autouse=True)
+def by_name(on_kernels: None) -> None:
+    """A setting for all ops leaves this one to the table of measurements."""
+    dispatch.use("triton,norm_silu_conv=triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
 def test_as_accurate_as_plain_pytorch(name: str, dtype: torch.dtype, poisoned: None) -> None:
     """The statistics are those of y as it is stored, as accurate as float32 arithmetic on it."""
-    *_, groups, next_groups = SHAPES[name]
+    n, _, cout, *_, groups, next_groups = SHAPES[name]
+    before = torch.linspace(-3, 3, n * cout, device=DEVICE).view(n, cout)
 
     def function(**arguments: object) -> Tensor:
         y, *found = norm_silu_conv_statistics(
             **arguments,  # type: ignore[arg-type]
             next_groups=next_groups,
             next_eps=1e-5,
+            next_pre_shift=before,
         )
         both = (y.detach().float(), y.detach().double())
-        known = (found, *(group_statistics_ref(v, next_groups, 1e-5) for v in both))
+        known = (found, *(group_statistics_ref(v, next_groups, 1e-5, before) for v in both))
         assert_as_accurate(*(dict(zip(("mean", "rstd"), each, strict=True)) for each in known))
         return y
 
@@ -153,6 +103,7 @@ def test_large_mean_small_deviation_of_the_input(poisoned: None) -> None:
 def test_statistics_of_the_library_and_of_no_gradient() -> None:
     inputs = make((2, 24, 8, 4, 4, 3, 4, 4), torch.float32)
     arguments = {"num_groups": 4, "eps": 1e-5, "next_groups": 4, "next_eps": 1e-5} | inputs
+    arguments["next_pre_shift"] = torch.randn(1, 8, device=DEVICE)  # one row for all samples
     arguments["x"] = arguments["x"].requires_grad_()
     ours = norm_silu_conv_statistics(**arguments)
     assert [t.requires_grad for t in ours] == [True, False, False]
@@ -222,27 +173,16 @@ def test_x_as_its_own_residual_and_shared_embeddings() -> None:
     assert all(torch.allclose(a.double(), b, atol=1e-4) for a, b in zip(ours, exact, strict=True))
 
 
-@pytest.mark.parametrize("architecture", norm_silu_conv_triton.SIXTEEN_BITS)
-def test_tiles_of_every_architecture(
-    architecture: tuple[int, int], monkeypatch: pytest.MonkeyPatch, poisoned: None
-) -> None:
-    if DEVICE == "cuda":
-        architecture = torch.cuda.get_device_capability()
-    monkeypatch.setattr(norm_silu_conv_triton, "architecture", lambda device: architecture)
-    check(make((1, 72, 40, 12, 12, 3, 4, 4), torch.float16), 4)
-
-
 def test_only_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A frozen norm computes dx alone; a residual's gradient needs no convolution."""
     asked: list[frozenset[str]] = []
-    original = norm_silu_conv_triton.norm_silu_conv_backward
+    original = norm_silu_conv_launch.norm_silu_conv_backward
 
     def spy(*arguments: object) -> object:
-        asked.append(arguments[-1])  # type: ignore[arg-type]
+        asked.append(arguments[-2])  # type: ignore[arg-type]
         return original(*arguments)  # type: ignore[arg-type]
 
-    module = import_module("kernels.norm_silu_conv")
-    monkeypatch.setattr(module, "norm_silu_conv_backward", spy)
+    monkeypatch.setattr(MODULE, "norm_silu_conv_backward", spy)
     inputs = make((2, 24, 8, 4, 4, 3, 4, 4), torch.float32)
     for name in ("x", "norm_bias", "residual"):
         given = {k: v.clone().requires_grad_(k == name) for k, v in inputs.items()}
@@ -304,7 +244,7 @@ def test_opcheck() -> None:
     t = {name: v.requires_grad_(name not in FROZEN) for name, v in inputs.items()}
     arguments = (t["x"], 2, t["norm_weight"], t["norm_bias"], t["weight"], t["bias"], 1e-5)
     per_sample = (t["pre_shift"], t["scale"], t["shift"])
-    arguments = (*arguments, *per_sample, t["residual"], 0.7, 2, 1e-5)
+    arguments = (*arguments, *per_sample, t["residual"], 0.7, 2, 1e-5, t["bias"][None].detach())
     torch.library.opcheck(torch.ops.fastgan.norm_silu_conv, arguments)
 
 
@@ -319,6 +259,7 @@ def test_compiled_equals_eager_in_one_graph() -> None:
     ("change", "message"),
     [
         ({"num_groups": 5}, "num_groups 5 does not divide the 24 channels of x"),
+        ({"next_pre_shift": torch.ones(3, 8)}, r"next_pre_shift has shape .* \[2, 8\] would fit"),
         ({"next_groups": 3}, "next_groups 3 does not divide the 8 channels of y"),
         ({"x": torch.zeros(2, 24, 4)}, r"x has shape \[2, 24, 4\]"),
         ({"norm_weight": torch.ones(23)}, r"norm_weight has shape \[23\], \[24\] would fit x"),
@@ -340,13 +281,3 @@ def test_bad_input_is_named(change: dict, message: str) -> None:
         norm_silu_conv_statistics(
             **{"next_groups": 4} | arguments | change, eps=1e-5, next_eps=1e-5
         )
-
-
-def test_the_library_is_the_default_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kernels.runtime.INTERPRETED", False)
-    monkeypatch.setattr(dispatch, "unknown_architecture", lambda device_type: None)
-    dispatch.use("auto")
-    choice = dispatch.choose("norm_silu_conv", "cuda", torch.bfloat16)
-    assert choice.implementation == "library" and "not measured" in choice.reason
-    dispatch.use("norm_silu_conv=triton")
-    assert dispatch.choose("norm_silu_conv", "cuda", torch.bfloat16).implementation == "triton"

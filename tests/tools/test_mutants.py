@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tools.mutants import MUTANTS, ROOT, Mutant
+from tools.mutants import ROOT, Mutant, mutants
+
+MUTANTS = mutants()
 
 
 def test_there_are_enough() -> None:

@@ -1,0 +1,1 @@
+"""What `python -m kernels.tune` is made of; nothing that trains needs it."""
