@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.conv_plans import Direction, Plan
+from kernels.conv_plans import LIBRARY, Direction, Plan, Shape
 from kernels.conv_table import plan_for
 from kernels.frozen_conv import frozen_conv2d_forward, frozen_conv2d_input_grad
 from kernels.layout import channels_last_like
@@ -99,9 +99,11 @@ def _plan(direction: Direction, x: Tensor, weight: Tensor) -> Plan:
 
 def forward(i: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, and what backward reads beside x: h without conv0's bias, both norms' statistics."""
-    h, statistics0, of_h = _first_half(i)
-    plan, after = _plan("forward", h, i.conv1_weight), _affine1(i)
+    first = LIBRARY if i.resample else _plan("forward", i.x, i.conv0_weight)
+    plan = plan_for("forward", i.x, _shape_of_second(i))
+    h, statistics0, of_h = _first_half(i, first, sums=plan.form == "fused")
     along, bias, pending = _skip(i)
+    after = _affine1(i)
     arguments = (h, i.groups1, i.conv1_weight)
     if not pending:
         y, statistics1, _ = norm_silu_conv_forward(
@@ -115,13 +117,20 @@ def forward(i: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return y, h, statistics0, statistics1
 
 
-def _first_half(i: Inputs) -> tuple[Tensor, Tensor, Moments | None]:
-    """h, norm0's statistics, and h's moments if its convolution summed them up."""
+def _shape_of_second(i: Inputs) -> Shape:
+    height, width = i.x.shape[2:]
+    if i.resample:
+        height, width = (2 * s if i.resample == "up" else s // 2 for s in (height, width))
+    cout, _, size, _ = i.conv1_weight.shape
+    return Shape(cout, cout, height, width, size)
+
+
+def _first_half(i: Inputs, plan: Plan, *, sums: bool) -> tuple[Tensor, Tensor, Moments | None]:
+    """h, norm0's statistics, and h's moments if they are asked for and conv0 summed them up."""
     if not i.resample:
-        plan = _plan("forward", i.x, i.conv0_weight)
         return norm_silu_conv_forward(
             *(i.x, i.groups0, i.conv0_weight, None, i.eps0, _affine0(i), None, 1.0, plan),
-            sums=True,
+            sums=sums,
         )
     s, statistics = group_norm_silu_forward(
         i.x, i.groups0, i.norm0_weight, i.norm0_bias, i.eps0, None, None, None, True

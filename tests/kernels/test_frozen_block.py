@@ -157,6 +157,20 @@ def test_the_first_convolutions_sums_are_the_second_norms_statistics(
     assert names == ["_moments_kernel", *convolution, *convolution]
 
 
+@pytest.mark.parametrize("second", [FUSED, LIBRARY])
+def test_sums_only_where_the_second_convolution_reads_them(
+    second: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = iter((FUSED, second))
+    monkeypatch.setattr(frozen_block_passes, "plan_for", lambda *_: next(plans))
+    b = BLOCKS["NCSN++"]
+    with recording() as launches:
+        call(frozen_unet_block, b, *make(b, torch.float32))
+    kernels = [launch for launch in launches if launch.kernel.fn.__name__ == "convolution_kernel"]
+    summed = dict(zip(kernels[0].kernel.arg_names, kernels[0].args, strict=False))["partial_ptr"]
+    assert (summed is not None) == (second == FUSED)
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_half_precision_over_several_draws(name: str) -> None:
     """A dozen roundings lie between x and y: their largest error is luck, their mean is not."""
