@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from kernels import dispatch
 from kernels.frozen_conv import frozen_conv2d
+from kernels.layout import to_channels_last
 from kernels.norm_silu import group_norm_silu
 from kernels.optional import xformers_attention
 
@@ -97,7 +98,8 @@ def _reordered(qkv: Conv, heads: int) -> Conv:
 def _dense_heads(qkv: Tensor, heads: int, run) -> Tensor:
     """`run(q, k, v)` over [N, H W, heads, d] views of a channels_last [N, 3C, H, W]."""
     n, _, height, width = qkv.shape
-    pixels = qkv.movedim(1, 3).reshape(n, height * width, 3, heads, -1)
+    # Neither fused attention takes heads whose elements are not neighbours.
+    pixels = to_channels_last(qkv).movedim(1, 3).reshape(n, height * width, 3, heads, -1)
     mixed = run(*pixels.unbind(2))
     return mixed.reshape(n, height, width, -1).movedim(3, 1)
 

@@ -38,7 +38,8 @@ def resample2x_ref(
 
 
 def _convolved(x: Tensor, filter: Sequence[float], up: bool) -> Tensor:
-    taps = torch.tensor(filter, dtype=x.dtype, device=x.device) / sum(filter)
+    # Filled on the device: a CUDA graph holds no copy from the host.
+    taps = torch.stack([x.new_full((), tap / sum(filter)) for tap in filter])
     channels, padding = x.shape[1], (len(filter) - 1) // 2
     kernel = torch.outer(taps, taps).expand(channels, 1, -1, -1)
     if up:

@@ -116,10 +116,6 @@ class _Extractor(nn.Module):
             from timm.models import FeatureListNet
 
             model = FeatureListNet(model, tuple(self.indices), flatten_sequential=True)
-        # scaled_dot_product_attention has no second derivative on the CPU, and R1 needs one.
-        for module in model.modules():
-            if hasattr(module, "fused_attn"):
-                setattr(module, "fused_attn", False)  # noqa: B010
         self.model = model
 
     @staticmethod

@@ -13,6 +13,9 @@ that its derivative passes the frozen part once more, as expensive as dx, and th
 dw beside it; the heads' BatchNorm makes dx depend on the activations too, which leads back through
 the heads' own forward pass: another dx and dw. (The last convolution has no BatchNorm behind it and
 is counted as if it had.) No gradient is computed for what no trained parameter stands in front of.
+
+What is computed again to save memory is not counted: blocks with generator.checkpoint, and shared
+fakes in G's step where a batch takes several rounds.
 """
 
 from collections.abc import Iterable, Mapping

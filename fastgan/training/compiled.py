@@ -21,7 +21,7 @@ from fastgan.models.layers import cast_frozen
 from fastgan.sampling import few_step
 from fastgan.training.ema import averaged_copy
 from fastgan.training.state import StepResult
-from fastgan.training.step import PlainStep, Shown, StepSettings
+from fastgan.training.step import Graphed, PlainStep, StepSettings
 
 # A branch's in a run: fakes in G's phase and in D's, and reals, which may be laid out otherwise; as
 # many to spare.
@@ -99,12 +99,14 @@ class CompiledStep(PlainStep):
     def _logits(self, index: int, features: list[Tensor], labels: Tensor | None) -> Tensor:
         return self._judges[index](features, labels)
 
-    def _accumulate_generator(self, z: Tensor, labels: Tensor | None) -> tuple[Tensor, list[Shown]]:
+    def _accumulate_generator(
+        self, z: Tensor, labels: Tensor | None, shared: Graphed | None
+    ) -> Tensor:
         # A compiled backward computes every gradient that is asked for by requires_grad, whatever
         # `inputs=` says: in G's phase D must not ask.
         self.discriminator.requires_grad_(False)
         try:
-            return super()._accumulate_generator(z, labels)
+            return super()._accumulate_generator(z, labels, shared)
         finally:
             self.discriminator.requires_grad_(True)
 

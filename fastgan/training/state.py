@@ -18,6 +18,10 @@ class StepResult:
     skipped: dict[str, Tensor] = field(default_factory=dict)
     """By update (G, D, R1): 1 where it was left out, something not being finite, else 0."""
 
+    def __or__(self, other: "StepResult") -> "StepResult":
+        """Both together."""
+        return StepResult(self.scalars | other.scalars, self.skipped | other.skipped)
+
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that get gradients, by name."""

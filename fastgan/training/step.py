@@ -1,5 +1,7 @@
 """One iteration of the GAN fine-tune in plain PyTorch: G step, D step, and every 16th time R1.
 
+With shared fakes D's step comes first, so that G is judged by the updated D either way.
+
 This is the specification of the method: every faster engine is compared with it. All randomness
 comes from (seed, purpose, iteration), so that an iteration is a function of the states before it.
 """
@@ -11,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgan.discriminator.base import Discriminator
 from fastgan.distributed import World
@@ -30,9 +33,12 @@ from fastgan.training.state import (
 )
 from fastgan.training.updater import Adam, NonFinite, Updater, linear_decay
 from kernels.dispatch import twice_differentiable
+from kernels.frozen_conv_twice import FrozenConvolutions
 
 # What each feature network of D shows its heads of some images.
 Features = list[list[Tensor]]
+# Fakes and their features with the graph that leads down to G.
+Graphed = tuple[Tensor, Features]
 
 
 @dataclass(frozen=True)
@@ -151,28 +157,22 @@ class PlainStep:
 
     def _iterate(self, reals: Tensor, labels: Tensor | None, *, r1: bool) -> StepResult:
         """The iteration that was `_set`: the same operations every time, with or without R1."""
-        # Generator: -log D(G z) through D, whose parameters stand still.
         z = self._latents(reals, "G")
-        loss_g, fakes = self._accumulate_generator(z, labels)
-        skipped = {"G": self.update_g(loss_g)}
-
-        # Discriminator: by default on fresh fakes of the generator just updated.
-        if not self.settings.share_fakes:
-            z = self._latents(reals, "D")
-            fakes = self._generate_without_graph(z, labels)
-        scalars = self._accumulate_discriminator(reals, fakes, labels)
-        if len(reals) > 1:
-            images = torch.cat([fake.images for fake in fakes])
-            scalars["Loss/diversity"] = losses.diversity(images, reals)
-        skipped["D"] = self.update_d(scalars["Loss/D"])
-
-        # Lazy R1: a step of its own with D's optimiser, on the same reals without augmentation.
+        if self.settings.share_fakes:
+            # D first, on the fakes by which it then judges G.
+            shared = self._shared(z, labels)
+            fakes = [self._for_d(*shared)] if shared else self._generate_without_graph(z, labels)
+            result = self._discriminator_step(reals, fakes, labels)
+            result |= self._generator_step(z, labels, shared)
+        else:
+            # As published: G first, then D on fresh fakes of the generator just updated.
+            result = self._generator_step(z, labels)
+            fakes = self._generate_without_graph(self._latents(reals, "D"), labels)
+            result |= self._discriminator_step(reals, fakes, labels)
         if r1:
-            scalars["Loss/R1"] = self._accumulate_r1(reals, labels)
-            skipped["R1"] = self.update_d(scalars["Loss/R1"])
-
+            result |= self._r1_step(reals, labels)
         update_ema(self.average, self.generator, self._beta)
-        return StepResult({"Loss/G": loss_g, **scalars}, skipped)
+        return result
 
     def state(self) -> dict[str, Tensor]:
         """All that changes in training, except the average: for checkpoints."""
@@ -198,20 +198,56 @@ class PlainStep:
         """float64, of all that trains: the same bits in all processes."""
         return checksum(trainable(self.generator), trainable(self.discriminator.heads))
 
-    def _accumulate_generator(self, z: Tensor, labels: Tensor | None) -> tuple[Tensor, list[Shown]]:
-        total, fakes = z.new_zeros(()), []
-        # Augmented images differ between two passes, all others show D the same again.
-        again = self.settings.share_fakes and not self.discriminator.augment
+    def _generator_step(
+        self, z: Tensor, labels: Tensor | None, shared: Graphed | None = None
+    ) -> StepResult:
+        """-log D(G z) through D, whose parameters stand still."""
+        loss = self._accumulate_generator(z, labels, shared)
+        return StepResult({"Loss/G": loss}, {"G": self.update_g(loss)})
+
+    def _discriminator_step(
+        self, reals: Tensor, fakes: list[Shown], labels: Tensor | None
+    ) -> StepResult:
+        scalars = self._accumulate_discriminator(reals, fakes, labels)
+        if len(reals) > 1:
+            images = torch.cat([fake.images for fake in fakes])
+            scalars["Loss/diversity"] = losses.diversity(images, reals)
+        return StepResult(scalars, {"D": self.update_d(scalars["Loss/D"])})
+
+    def _r1_step(self, reals: Tensor, labels: Tensor | None) -> StepResult:
+        """Lazy R1: a step of its own with D's optimiser, on the same reals without augmentation."""
+        penalty = self._accumulate_r1(reals, labels)
+        return StepResult({"Loss/R1": penalty}, {"R1": self.update_d(penalty)})
+
+    def _shared(self, z: Tensor, labels: Tensor | None) -> Graphed | None:
+        """Fakes for both steps, computed once; None where there are several rounds.
+
+        Accumulation is there to hold no more than one round's graph: G's step computes the same
+        fakes again then.
+        """
+        return self._show(z, labels) if len(z) == self.settings.batch_gpu else None
+
+    def _show(self, z: Tensor, labels: Tensor | None) -> Graphed:
+        images = self._generate(z, labels)
+        return images, self._encode(images, labels, "G")
+
+    def _for_d(self, images: Tensor, features: Features) -> Shown:
+        """Without the graph; and without the features where D's step augments anew."""
+        if self.discriminator.augment:
+            return Shown(images.detach())
+        return Shown(images.detach(), [[x.detach() for x in maps] for maps in features])
+
+    def _accumulate_generator(
+        self, z: Tensor, labels: Tensor | None, shared: Graphed | None
+    ) -> Tensor:
+        total = z.new_zeros(())
         for part in rounds(len(z), self.settings.batch_gpu):
             of_part = take(labels, part)
-            images = self._generate(z[part], of_part)
-            features = self._encode(images, of_part, "G")
+            _, features = shared or self._show(z[part], of_part)
             loss = losses.generator_loss(self._judge(features, of_part), self.settings.loss)
             _backward(self._reduce(loss), self.update_g)
             total += loss.detach().sum()
-            kept = [[x.detach() for x in maps] for maps in features] if again else None
-            fakes.append(Shown(images.detach(), kept))
-        return total / len(z), fakes
+        return total / len(z)
 
     def _accumulate_discriminator(
         self, reals: Tensor, fakes: list[Shown], labels: Tensor | None
@@ -252,7 +288,7 @@ class PlainStep:
         total = reals.new_zeros(())
         for part in rounds(len(reals), self.settings.batch_gpu):
             images = reals[part].detach().requires_grad_()
-            with twice_differentiable():
+            with twice_differentiable(), FrozenConvolutions(), sdpa_kernel(SDPBackend.MATH):
                 logits = self.discriminator(images, take(labels, part), None)
                 penalty = losses.r1_penalty(logits, images)
             # A mean over the batch in both reductions, as published.

@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgan.discriminator.backbones import load_backbone
 from fastgan.errors import UserError
@@ -153,7 +155,8 @@ def test_penalty_on_the_image_gradient_has_a_gradient(name):
 
     def slope(x: torch.Tensor) -> torch.Tensor:
         x = x.requires_grad_() if x.is_leaf else x
-        y = sum((m**2).mean() for m in backbone(x))
+        with sdpa_kernel(SDPBackend.MATH):
+            y = sum((m**2).mean() for m in backbone(x))
         (g,) = torch.autograd.grad(y, x, create_graph=True)
         return (g * direction).sum()
 
@@ -167,6 +170,32 @@ def test_penalty_on_the_image_gradient_has_a_gradient(name):
     assert all(p.grad is None for p in backbone.parameters())
 
 
+def test_attention_is_the_fused_one() -> None:
+    """Its maps and gradients are those of products and a softmax; R1 asks for these itself."""
+    backbone, found = load_backbone("test_vit", "random").double(), []
+    for how in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
+        x = images(2, size=8).double().requires_grad_()
+        with sdpa_kernel(how), Seen() as seen:
+            y = sum((m**2).mean() for m in backbone(x))
+        found.append([y, *torch.autograd.grad(y, x)])
+        fused = any("flash_attention" in name for name in seen.names)
+        assert fused == (how is SDPBackend.FLASH_ATTENTION)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+class Seen(TorchDispatchMode):
+    """The names of the operators that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
@@ -175,7 +204,9 @@ def test_penalty_on_the_image_gradient_has_a_gradient(name):
 def test_published_backbones_differentiate_twice(name):
     backbone = load_backbone(name, "random")
     x = images(2).requires_grad_()
-    (g,) = torch.autograd.grad(sum((m**2).mean() for m in backbone(x)), x, create_graph=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        y = sum((m**2).mean() for m in backbone(x))
+    (g,) = torch.autograd.grad(y, x, create_graph=True)
     (second,) = torch.autograd.grad(g.square().sum(), x)
     assert second.isfinite().all() and second.abs().max() > 0
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels import dispatch, optional
-from kernels.attention import Attention, Conv, Norm, self_attention
+from kernels.attention import Attention, Conv, Norm, _dense_heads, self_attention
 from kernels.norm_silu import group_norm_silu, group_norm_silu_ref
 
 
@@ -116,6 +116,23 @@ def test_fused_adam_is_adam() -> None:
             p.grad = gradient.clone()
             optimizer.step()
     assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_fused_attention_gets_heads_whose_elements_are_neighbours(
+    layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise PyTorch takes neither of its fused kernels, without a word."""
+    strides = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        strides.append([t.stride(-1) for t in (q, k, v)])
+        return v
+
+    qkv = torch.randn(2, 48, 4, 4, device=DEVICE).to(memory_format=layout)
+    mixed = _dense_heads(qkv, 2, attend)
+    assert strides == [[1, 1, 1]]
+    assert torch.equal(mixed, qkv.reshape(2, 3, 16, 4, 4)[:, 2])
 
 
 @pytest.mark.parametrize("stand_in", [True, False])

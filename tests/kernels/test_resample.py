@@ -7,6 +7,7 @@ import torch
 from oracle import DEVICE, DTYPES, assert_as_accurate, gradients
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import dispatch
 from kernels.resample import resample2x, resample2x_ref
@@ -162,6 +163,20 @@ def test_gradcheck_of_the_definition() -> None:
 
     assert torch.autograd.gradcheck(function, (x, residual, bias))
     assert torch.autograd.gradgradcheck(function, (x, residual, bias))
+
+
+def test_the_definition_copies_nothing_from_the_host() -> None:
+    """A CUDA graph, which R1 through a UNet's encoder is recorded in, could not hold that."""
+
+    class FromHost(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func is not torch.ops.aten.lift_fresh.default
+            return func(*args, **(kwargs or {}))
+
+    with FromHost():
+        with pytest.raises(AssertionError):
+            torch.tensor([1.0, 3.0])
+        resample2x_ref(torch.zeros(1, 2, 4, 4), [1, 3, 3, 1], up=False)
 
 
 def test_opcheck() -> None:

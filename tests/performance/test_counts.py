@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, flop_registry
 
 from fastgan import config as cfg
 from fastgan.models.layers import cast_frozen
@@ -42,6 +42,25 @@ BRANCHES = {
 }
 
 
+def frozen_conv_flop(
+    x: torch.Tensor, weight: torch.Tensor, bias: Any, *rest: Any, out_val: torch.Tensor
+) -> int:
+    return conv_flop_count(x.shape, weight.shape, out_val.shape, transposed=rest[3])
+
+
+def frozen_conv_input_grad_flop(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *rest: Any, out_val: torch.Tensor
+) -> int:
+    return conv_flop_count(dy.shape, weight.shape, x.shape, transposed=not rest[3])
+
+
+# What is inside a custom op is not seen.
+FORMULAS = flop_registry | {
+    torch.ops.fastgan.frozen_conv: frozen_conv_flop,
+    torch.ops.fastgan.frozen_conv_input_grad: frozen_conv_input_grad_flop,
+}
+
+
 class Counter(TorchDispatchMode):
     """PyTorch's formulas without FlopCounterMode's hooks for names, which R1's autograd breaks."""
 
@@ -51,7 +70,7 @@ class Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
         result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
+        formula = FORMULAS.get(func._overloadpacket)
         if formula is not None:
             self.flop += formula(*args, **(kwargs or {}), out_val=result)
         return result
@@ -129,8 +148,6 @@ def test_an_iteration_equals_the_counter_of_pytorch(name: str) -> None:
 
 @pytest.mark.parametrize("backbone", ["mobilenetv2_050", "deit_tiny_distilled_patch16_224"])
 def test_r1_is_what_its_derivatives_need(backbone: str) -> None:
-    """PyTorch also computes, and drops, a weight gradient of every frozen convolution when it
-    differentiates twice (for a stride of 2 with some padding): no part of the method's FLOP."""
     config = small("cifar10_uncond_d2o_f", f"discriminator.backbones=[{backbone}]")
     live, counted = live_step(config, CPU), count_iteration(config)
     reals, labels = live.draw(16)
@@ -140,10 +157,7 @@ def test_r1_is_what_its_derivatives_need(backbone: str) -> None:
         "cifar10_uncond_d2o_f", f"discriminator.backbones=[{backbone}]", "loss.r1_interval=0"
     )
     ours = config.loss.r1_interval * (counted.flop - iteration_flop(without))
-    dropped = flop((x for x in counted.discriminator if part_of(x.name) != "heads"), "convolution")
-    per_image = counter.flop / config.batch
-    assert ours + dropped == pytest.approx(per_image, rel=0.02)
-    assert ours == pytest.approx(per_image, rel=0.07)
+    assert ours == pytest.approx(counter.flop / config.batch, rel=0.02)
 
 
 def small(experiment: str, *overrides: str) -> cfg.TrainConfig:

@@ -39,7 +39,7 @@ def softplus_sum(logits: list[torch.Tensor], sign: float) -> torch.Tensor:
     return sum(F.softplus(sign * x).mean() for x in logits)  # type: ignore[return-value]
 
 
-def written_out(iterations: int) -> dict[str, torch.Tensor]:
+def written_out(iterations: int, share_fakes: bool) -> dict[str, torch.Tensor]:
     """The iteration as in the paper's recipe: no accumulation, no processes, no settings."""
     g, d = generator(), watched()
     heads = list(d.heads.parameters())
@@ -57,9 +57,13 @@ def written_out(iterations: int) -> dict[str, torch.Tensor]:
 
     for k in range(iterations):
         x = reals(k)
-        update(adam_g, weights, softplus_sum(d(one_step(g, noise("G", k))), -1))
-        fake = one_step(g, noise("D", k)).detach()
-        update(adam_d, heads, softplus_sum(d(fake), +1) + softplus_sum(d(x), -1))
+        fake = one_step(g, noise("G", k))
+        if not share_fakes:
+            update(adam_g, weights, softplus_sum(d(fake), -1))
+            fake = one_step(g, noise("D", k))
+        update(adam_d, heads, softplus_sum(d(fake.detach()), +1) + softplus_sum(d(x), -1))
+        if share_fakes:
+            update(adam_g, weights, softplus_sum(d(fake), -1))
         if k in (16, 32):
             leaf = x.clone().requires_grad_()
             logits = sum(y.sum() for y in d(leaf))
@@ -79,10 +83,11 @@ def written_out(iterations: int) -> dict[str, torch.Tensor]:
     }
 
 
-def test_eighteen_iterations_equal_the_recipe_written_out() -> None:
-    step = gan_step(watched())
+@pytest.mark.parametrize("share_fakes", [False, True])
+def test_eighteen_iterations_equal_the_recipe_written_out(share_fakes: bool) -> None:
+    step = gan_step(watched(), share_fakes=share_fakes)
     run(step, 18)
-    found, expected = everything(step), written_out(18)
+    found, expected = everything(step), written_out(18, share_fakes)
     assert_same({n: found[n] for n in expected}, expected, atol=1e-10)
 
 
@@ -109,12 +114,28 @@ def test_fakes_of_d_are_fresh_and_of_the_updated_generator() -> None:
     torch.testing.assert_close(d.calls[1].images, updated, rtol=0, atol=1e-12)
 
 
-def test_share_fakes_shows_d_what_g_was_judged_by() -> None:
-    run(gan_step(d := watched(), share_fakes=True), 1)
-    # Two feature networks: G's fakes, the same for D, and reals.
-    fakes, again, real = d.judged[::2]
+def test_shared_fakes_are_what_d_learns_from_before_it_judges_them() -> None:
+    step = gan_step(d := watched(), share_fakes=True)
+    made = []
+    step.generator.register_forward_hook(lambda *_: made.append(len(d.judged)))
+    run(step, 1)
+    # Two feature networks: fakes and reals in D's step, then the same fakes in G's.
+    fakes, real, again = d.judged[::2]
     assert torch.equal(fakes, again) and torch.equal(real, reals(0))
     assert [call.images.equal(shown) for call, shown in zip(d.calls, (fakes, real), strict=True)]
+    assert made == [0]
+
+
+def test_shared_fakes_of_several_rounds_are_computed_again() -> None:
+    step = gan_step(d := watched(), share_fakes=True, batch_gpu=2)
+    made = []
+    step.generator.register_forward_hook(lambda *_: made.append(len(d.judged)))
+    run(step, 1)
+    # Before and behind D's step, whose four passes judge twice each.
+    assert made == [0, 0, 8, 10]
+    fakes, again = d.judged[0:8:4], d.judged[8::2]
+    for first, second in zip(fakes, again, strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=1e-12)
 
 
 def test_shared_fakes_are_encoded_again_where_d_augments() -> None:
@@ -127,7 +148,7 @@ def test_shared_fakes_are_encoded_again_where_d_augments() -> None:
 
 def test_features_kept_for_d_change_nothing() -> None:
     """Against a discriminator that says that it augments, and does not: encoded twice."""
-    kept, encoded = (gan_step(share_fakes=True, batch_gpu=2) for _ in range(2))
+    kept, encoded = (gan_step(share_fakes=True) for _ in range(2))
     kept.discriminator.augment = ()
     encoded.discriminator.augment = ("none",)
     encoded.discriminator.views = lambda images, generator: [images]
@@ -202,9 +223,11 @@ def test_both_reductions_are_one_objective_at_the_published_batch() -> None:
         torch.testing.assert_close(scale * reported[0][name], reported[1][name])
 
 
-@pytest.mark.parametrize("reduction", ["mean", "published"])
-def test_two_rounds_equal_one(reduction: str) -> None:
-    steps = [gan_step(reduction=reduction, batch_gpu=size) for size in (4, 2, 1)]
+@pytest.mark.parametrize(
+    "changes", [{}, {"reduction": "published"}, {"share_fakes": True}], ids=lambda c: "".join(c)
+)
+def test_two_rounds_equal_one(changes: dict) -> None:
+    steps = [gan_step(batch_gpu=size, **changes) for size in (4, 2, 1)]
     reported = [run(step, 18) for step in steps]
     for step, scalars in zip(steps[1:], reported[1:], strict=True):
         assert_same(everything(step), everything(steps[0]), atol=1e-10)
@@ -233,7 +256,7 @@ def test_frozen_parameters_are_shared_unoptimised_and_untouched() -> None:
 
 def test_no_gradients_are_left_and_none_reach_the_other_network() -> None:
     step = gan_step(d := watched())
-    step._accumulate_generator(noise("G", 0), None)
+    step._accumulate_generator(noise("G", 0), None, None)
     assert all(p.grad is None for p in d.parameters())
     assert all(p.grad is not None for p in trainable(step.generator).values())
     step.update_g(torch.zeros(()))
