@@ -71,7 +71,7 @@ def write_config(config: RunConfig) -> None:
 
 
 def _check_same(folder: Path, config: RunConfig) -> None:
-    saved, free = _saved(folder / CONFIG), _FREE
+    saved, free = read_config(folder / CONFIG), _FREE
     if not resumable(folder / "checkpoints"):
         # Nothing was trained with it that is still there: it may just have been too large.
         free = _FREE | {"batch_gpu"}
@@ -93,7 +93,7 @@ def _check_same(folder: Path, config: RunConfig) -> None:
             )
 
 
-def _saved(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """The settings in a config.yaml: plain values, in which nothing is resolved."""
     try:
         if not path.is_file():  # a pipe would keep us waiting

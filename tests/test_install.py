@@ -32,6 +32,7 @@ def test_the_installed_package_trains_elsewhere(tmp_path: Path) -> None:
     for expected in ("configs/train", "configs/experiment/demo", "configs/recipe/cifar10"):
         assert f"fastgan/{expected}.yaml" in names
     assert {f"fastgan/assets/digits/{n}.safetensors" for n in ("edm", "classifier")} <= set(names)
+    assert "fastgan/run_report/page.html.j2" in names
     assert not any(name.startswith(("tests/", "tools/", "runs/")) for name in names)
     install = ("-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel))
     run(tmp_path, *install)

@@ -25,13 +25,18 @@ EXPERIMENTS = {path.stem: path for path in (ROOT / "configs/experiment").glob("*
 CONFIGURATION = {f"fastgan.{n}" for n in ("config", "cli", "build", "engine", "run", "run_dir")}
 COMMANDS = {f"fastgan.{name}" for name in ("train", "pretrain", "sample", "evaluate")}
 HYDRA = {"hydra", "omegaconf"}
-ABOVE_TRAINING = {"tools", "fastgan.performance", *HYDRA, *CONFIGURATION, *COMMANDS}
+OUTPUTS = {f"fastgan.{name}" for name in ("performance", "run_report", "export")}
+ABOVE_TRAINING = {"tools", *OUTPUTS, *HYDRA, *CONFIGURATION, *COMMANDS}
 ABOVE_PARTS = {"fastgan.training", *ABOVE_TRAINING}
 PARTS = ("models", "discriminator", "data", "evaluation", "checkpoint", "sampling")
 ABOVE_GROUND = {*(f"fastgan.{name}" for name in PARTS), *ABOVE_PARTS}
 GROUND = ("errors", "files", "noise", "seeding", "distributed", "precision", "vision")
 GROUND += ("compile_cache",)
+# What may be read of the configuration by who only reads runs.
+READ = {"fastgan.config", "fastgan.run_dir"}
 FORBIDDEN = {
+    "run_report": {"tools", *HYDRA, *COMMANDS, *(CONFIGURATION - READ)},
+    "export": {"tools", "fastgan.performance", "fastgan.training", *HYDRA, *COMMANDS},
     "training": ABOVE_TRAINING,
     **dict.fromkeys(PARTS, ABOVE_PARTS),
     **dict.fromkeys(GROUND, ABOVE_GROUND),

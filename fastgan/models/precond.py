@@ -63,9 +63,9 @@ class Precond(nn.Module):
         x = at_least_float32(x)
         sigma = sigma.to(x.dtype).reshape(-1, 1, 1, 1)
         scaled = self._for_unet(self.c_in(sigma) * x)
-        raw = self.model(
-            scaled, self._noise_label(sigma, len(x)), self._labels(class_labels), augment_labels
-        )
+        # Not len(x), which torch.export takes for a constant.
+        noise = self._noise_label(sigma, x.shape[0])
+        raw = self.model(scaled, noise, self._labels(class_labels), augment_labels)
         return self.c_skip(sigma) * x + self.c_out(sigma) * raw.to(x.dtype)
 
     def features(self, x: Tensor, sigma: float, class_labels: Tensor | None = None) -> list[Tensor]:

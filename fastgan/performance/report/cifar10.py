@@ -17,11 +17,14 @@ import sys
 from pathlib import Path
 from statistics import median
 
+import torch
 from safetensors.torch import save_file
 
-from fastgan.checkpoint.network_file import load_network_file, save_network
+from fastgan.build import saved_network
+from fastgan.checkpoint.network_file import load_network_file
 from fastgan.checkpoint.store import EMA, latest_checkpoint
 from fastgan.errors import UserError, run_command
+from fastgan.export.weights import write_rounded
 from fastgan.files import replace_atomically
 from fastgan.performance.pictures import write_pictures
 from fastgan.performance.report.parts import AGAIN, BESIDE, ROOT, Case, module
@@ -221,12 +224,8 @@ def _trained(study: Study, stage: str, command: str, words: list[str], images: i
     run(command, [*words, *settings, *study.snapshots(images)])
     latest = latest_checkpoint(run_dir / "checkpoints")
     assert latest is not None
-    source = load_network_file(latest / EMA)
-    rounded = {k: t.bfloat16() if t.is_floating_point() else t for k, t in source.state.items()}
-    save_network(
-        study.folder / EMA, source.config, rounded,
-        kind="ema", nimg=source.nimg, provenance=source.provenance,
-    )  # fmt: skip
+    network, file = saved_network(str(latest), torch.device("cpu"))
+    write_rounded(load_network_file(file), network, study.folder / EMA, "bf16")
     shutil.copy(run_dir / "stats.jsonl", study.folder)
     shutil.copytree(run_dir / "samples", study.folder / "samples", dirs_exist_ok=True)
     return curve(study.folder / "stats.jsonl")

@@ -1,0 +1,172 @@
+"""From a checkpoint to a folder that can be published."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fastgan import build
+from fastgan.checkpoint.network_file import NetworkFile, load_network_file
+from fastgan.errors import UserError, shown
+from fastgan.export.card import UNSPECIFIED, Card
+from fastgan.export.numbers import read_result, training_metrics
+from fastgan.export.pictures import (
+    CPU,
+    Difference,
+    difference,
+    draw,
+    is_generator,
+    require_pictures,
+    write_grid,
+)
+from fastgan.export.program import Checked, check_program, write_program
+from fastgan.export.weights import DTYPES, require_size, write_rounded
+from fastgan.files import PART, file_sha256, sync
+from fastgan.kernel_choice import select_kernels
+from fastgan.models import Precond
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_MOST_IMAGES = 10_000
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user of tools/export.py may choose; `name` None: the folder's."""
+
+    dtype: str = "bf16"
+    name: str | None = None
+    metrics: tuple[str, ...] = ()
+    max_mib: float | None = None
+    note: str | None = None
+    program: bool = False
+    images: int = 64
+    license: str | None = None
+
+
+def export(checkpoint: str, out: str | Path, options: Options) -> dict[str, Any]:
+    """Writes the folder `out` with the network of `checkpoint`, a grid, a card, and a program.
+
+    `checkpoint` is what fastgan.sample takes. The folder appears when it is complete. Returns what
+    there is to say. UserError: wrong options, an `out` that exists, files that are no network or
+    no result of this network, a size above `max_mib`.
+    """
+    assert options.dtype in DTYPES, options.dtype
+    out = Path(out)
+    name = _checked_name(options, out)
+    select_kernels("auto", CPU)
+    original, path = build.saved_network(checkpoint, CPU)
+    source = load_network_file(path)
+    require_pictures(original, path)
+    _require_one_step(original, options, path)
+    _require_licence(options, source)
+    numbers = [read_result(file, source) for file in options.metrics]
+    measured = training_metrics(source)
+    with new_folder(out) as folder:
+        weights = folder / f"{name}.safetensors"
+        file = write_rounded(source, original, weights, options.dtype, options.license)
+        values = sum(parameter.numel() for parameter in original.parameters())
+        require_size(file, values, options.dtype, options.max_mib)
+        mib = file.path.stat().st_size / _MIB
+        network, rounding, program = _drawn(original, file, options)
+        card = Card(
+            name=name,
+            network=network,
+            file=file,
+            source=source,
+            dtype=options.dtype,
+            rounding=rounding,
+            numbers=numbers,
+            training_metrics=measured,
+            program=program,
+            note=options.note,
+            sha256={each.name: file_sha256(each) for each in sorted(folder.iterdir())},
+        )
+        (folder / "README.md").write_text(card.markdown(), encoding="utf-8")
+    return {
+        "out": str(out),
+        "mib": round(mib, 2),
+        "sha256": dict(card.sha256),
+        "rounding": asdict(rounding),
+        "program": asdict(program) if program else None,
+    }
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its name when the block ends well, and vanishes otherwise.
+
+    UserError: `out` exists, or nothing can be written there.
+    """
+    if os.path.lexists(out):
+        raise UserError(f"{out} exists, a new folder would be right")
+    aside = out.with_name(f".{out.name}.{os.getpid()}{PART}")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        for path in (*aside.iterdir(), aside):
+            sync(path)
+        os.rename(aside, out)
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(
+                f"cannot write ({error.strerror}), {out}, a writable place with free space expected"
+            ) from error
+        raise
+
+
+def _drawn(
+    original: Precond, file: NetworkFile, options: Options
+) -> tuple[Precond, Difference, Checked | None]:
+    """The exported network as its file holds it, and what its images and program show."""
+    network, _ = build.saved_network(str(file.path), CPU)
+    images = draw(network, options.images)
+    rounding = difference(draw(original, options.images), images)
+    write_grid(network, file.path.with_name("grid.png"))
+    if not options.program:
+        return network, rounding, None
+    path = file.path.with_suffix(".pt2")
+    write_program(network, path, _about(file))
+    return network, rounding, check_program(path, network, images)
+
+
+def _checked_name(options: Options, out: Path) -> str:
+    """The files' name; UserError for options out of range."""
+    name = options.name if options.name is not None else out.name
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"name {name!a}, --name, at most 100 letters, digits, dots, - and _ would be right"
+        )
+    if not 1 <= options.images <= _MOST_IMAGES:
+        raise UserError(f"--images {options.images}, 1 to {_MOST_IMAGES} would be right")
+    if options.max_mib is not None and not options.max_mib > 0:
+        raise UserError(f"--max-mib {options.max_mib}, a number above 0 would be right")
+    if os.path.lexists(out):
+        raise UserError(f"{out} exists, a new folder would be right")
+    return name
+
+
+def _require_one_step(network: Precond, options: Options, path: Path) -> None:
+    if options.program and not is_generator(network):
+        raise UserError(
+            f"--program with an EDM denoiser, {path}, whose sampler would be 35 networks in one "
+            "program: a one-step generator would be right"
+        )
+
+
+def _require_licence(options: Options, source: NetworkFile) -> None:
+    said = source.metadata["license"]
+    if options.license is not None and said != UNSPECIFIED:
+        raise UserError(
+            f"--license {options.license}, {source.path}, which is under {shown(said)!a}: "
+            "that licence stays, no --license would be right"
+        )
+
+
+def _about(file: NetworkFile) -> dict[str, str]:
+    return {"license": file.metadata["license"], "network_sha256": file.sha256}

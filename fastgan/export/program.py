@@ -1,0 +1,111 @@
+"""A one-step generator as a program of torch.export, which runs without this project."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastgan.errors import UserError
+from fastgan.models import Precond
+from fastgan.sampling import few_step, to_uint8
+from kernels import dispatch
+
+# In a process of its own, where this project cannot be imported: draws the images of the seeds
+# 0, 1, ..., one, then eight at a time, and writes their bytes.
+_ALONE = """
+import sys
+sys.modules.update(fastgan=None, kernels=None)
+import torch
+program, out, *numbers = sys.argv[1:]
+channels, size, label_dim, count = map(int, numbers)
+generate = torch.export.load(program).module()
+with open(out, "wb") as file:
+    for start, end in [(0, 1), *((at, min(at + 8, count)) for at in range(1, count, 8))]:
+        z, classes = [], []
+        for seed in range(start, end):
+            generator = torch.Generator().manual_seed(seed)
+            z.append(torch.randn(channels, size, size, generator=generator))
+            if label_dim:
+                classes.append(torch.randint(label_dim, (), generator=generator))
+        inputs = [torch.stack(z)]
+        if label_dim:
+            inputs.append(torch.eye(label_dim)[torch.stack(classes)])
+        images = generate(*inputs)
+        assert images.dtype == torch.uint8 and images.shape == inputs[0].shape
+        file.write(bytes(images.flatten().tolist()))
+"""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a program's images have in common with the network's: `off_by_one` of `values`."""
+
+    images: int
+    values: int
+    off_by_one: int
+
+
+class OneStep(nn.Module):
+    """z [N, C, H, W] float32, standard normal, and one-hot labels [N, label_dim] if the network is
+    conditional -> uint8 images [N, C, H, W], as fastgan.sample draws them.
+    """
+
+    def __init__(self, network: Precond) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        return to_uint8(few_step(self.network, z.double(), labels))
+
+
+def write_program(network: Precond, path: Path, about: dict[str, str]) -> None:
+    """Writes the one-step generator `network` (float32, on the CPU, eval mode) as a .pt2 file.
+
+    Any N is accepted. It is made of PyTorch's operators only. `about` lies in it as extra files.
+    UserError: it cannot be written.
+    """
+    model = network.model
+    z = torch.zeros(2, model.img_channels, model.img_resolution, model.img_resolution)
+    inputs = (z, torch.zeros(2, network.label_dim)) if network.label_dim else (z,)
+    n = torch.export.Dim("n")
+    # Inside, every operation is its plain definition, whatever the environment asks for.
+    with torch.no_grad(), dispatch.twice_differentiable():
+        program = torch.export.export(
+            OneStep(network).eval(), inputs, dynamic_shapes=tuple({0: n} for _ in inputs)
+        )
+    for node in program.graph.nodes:
+        assert not str(node.target).startswith("fastgan"), node.target
+        node.meta.pop("stack_trace", None)  # names this machine's folders
+    try:
+        torch.export.save(program, path, extra_files=dict(about))
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of its zip writer
+        raise UserError(f"cannot write, {path} ({error}), free space expected") from error
+
+
+def check_program(path: Path, network: Precond, images: Tensor) -> Checked:
+    """Draws with the program in a fresh process that cannot import this project.
+
+    `images` uint8 [N, C, H, W] are the network's of the seeds 0, 1, ... UserError where a value
+    differs by more than one; RuntimeError where the program does not run.
+    """
+    out = path.with_suffix(".raw")
+    model = network.model
+    numbers = (model.img_channels, model.img_resolution, network.label_dim, len(images))
+    command = [sys.executable, "-P", "-c", _ALONE, str(path), str(out), *map(str, numbers)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{path.name} does not run by itself: {done.stderr[-2000:]}")
+        drawn = torch.frombuffer(bytearray(out.read_bytes()), dtype=torch.uint8)
+    finally:
+        out.unlink(missing_ok=True)
+    apart = (drawn.reshape(images.shape).int() - images.int()).abs()
+    if apart.max() > 1:
+        raise UserError(
+            f"its images differ from the network's by {int(apart.max())}, {path.name}, at most 1 "
+            "(rounding) would be right"
+        )
+    return Checked(len(images), images.numel(), int((apart == 1).sum()))

@@ -1,0 +1,1 @@
+"""One HTML page about a training run, with nothing outside of it."""

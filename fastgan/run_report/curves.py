@@ -1,0 +1,132 @@
+"""Charts as inline SVG: matplotlib's, without what belongs to a file of its own.
+
+No text of a run gets into a drawing: names and legends are HTML.
+"""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastgan.performance.pyplot import import_pyplot
+from fastgan.run_report.healthy import Chart
+from fastgan.run_report.statistics import Series, Statistics
+
+# Okabe and Ito's colours, told apart with any colour vision, on white and on black.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MOST_POINTS = 1000
+_DASHES = ("-", "--")
+# The page's own text colour takes this one's place.
+_TEXT = "#010203"
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "font.sans-serif": ["DejaVu Sans"],
+    "text.color": _TEXT,
+    "axes.labelcolor": _TEXT,
+    "axes.edgecolor": _TEXT,
+    "xtick.color": _TEXT,
+    "ytick.color": _TEXT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.formatter.limits": (-4, 6),
+    "axes.formatter.useoffset": False,
+}
+_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart and how the legend shows it."""
+
+    label: str
+    colour: str
+    dashed: bool
+    points: Series
+
+
+def curves(chart: Chart, runs: Sequence[tuple[str, Statistics]]) -> list[Curve]:
+    """The lines for which there are finite values: a colour per run, or per key of a single one."""
+    found, single = [], len(runs) == 1
+    for r, (name, statistics) in enumerate(runs):
+        for k, key in enumerate(chart.keys):
+            if not statistics.values(key):
+                continue
+            short = key.partition("/")[2]
+            label = short if single else name if len(chart.keys) == 1 else f"{name}: {short}"
+            colour = COLOURS[(k if single else r) % len(COLOURS)]
+            found.append(Curve(label, colour, k % 2 == 1, statistics.series(key)))
+    return found
+
+
+def thinned(series: Series) -> Series:
+    """At most MOST_POINTS points, each the mean of as many neighbours; NaN where all are."""
+    xs, ys = (np.asarray(values) for values in series)
+    size = -(-len(xs) // MOST_POINTS)
+    if size <= 1:
+        return series
+    pad = (0, -len(xs) % size)
+    x, y = (np.pad(v, pad, constant_values=math.nan).reshape(-1, size) for v in (xs, ys))
+    return _means(x).tolist(), _means(y).tolist()
+
+
+def _means(rows: np.ndarray) -> np.ndarray:
+    there = ~np.isnan(rows)
+    sums, counts = np.where(there, rows, 0.0).sum(1), there.sum(1)
+    return np.divide(sums, counts, out=np.full(len(rows), math.nan), where=counts > 0)
+
+
+def draw(chart: Chart, lines: Sequence[Curve]) -> str:
+    """An <svg> element without ids, namespaces or addresses that others could clash with."""
+    plt = import_pyplot("the curves of tools/report.py")
+    with plt.rc_context({**_STYLE, "svg.hashsalt": ascii(chart.title)}):
+        figure, axis = plt.subplots(figsize=(3.9, 2.2), layout="constrained")
+        try:
+            _plot(axis, chart, lines)
+            file = io.StringIO()
+            figure.savefig(file, format="svg", transparent=True, metadata=_NO_METADATA)
+        finally:
+            plt.close(figure)
+    return _inline(file.getvalue())
+
+
+def _plot(axis: Any, chart: Chart, lines: Sequence[Curve]) -> None:
+    for curve in lines:
+        x, y = thinned(curve.points)
+        if chart.log:
+            y = [value if value > 0 else math.nan for value in y]
+        # A single point, and one between two gaps, has no line to be seen by.
+        dots = "o" if chart.measured or len(x) < 50 else None
+        style = _DASHES[curve.dashed]
+        size = 5 if chart.measured else 3
+        axis.plot(x, y, style, color=curve.colour, linewidth=1.5, marker=dots, markersize=size)
+    for value, meaning in chart.lines:
+        axis.axhline(value, color=_TEXT, linestyle=":", linewidth=1)
+        axis.text(
+            1.01, value, meaning, transform=axis.get_yaxis_transform(), va="center", fontsize=7
+        )
+    highest = max(value for curve in lines for value in curve.points[1] if not math.isnan(value))
+    if chart.log and highest > 0:
+        axis.set_yscale("log")
+    if chart.limits is not None:
+        axis.set_ylim(*chart.limits)
+    elif chart.from_zero:
+        top = highest if highest > 0 else 1
+        axis.set_ylim(-0.03 * top, 1.05 * top)  # a line of zeros is above the axis
+    axis.set_xlabel("thousands of images")
+    axis.grid(True, color="#808080", alpha=0.25, linewidth=0.6)
+
+
+def _inline(svg: str) -> str:
+    """The element alone, in the page's colour, scaled by the page, referring only to itself."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<!--.*?-->\n?|<style.*?</style>", "", svg, flags=re.DOTALL)
+    head, close, rest = svg.partition(">")
+    svg = re.sub(r'\s(?:xmlns(?::xlink)?|width|height|version)="[^"]*"', "", head) + close + rest
+    svg = svg.replace("xlink:href=", "href=").replace(_TEXT, "currentColor")
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', svg))
+    return re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", svg)

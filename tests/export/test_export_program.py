@@ -1,0 +1,91 @@
+"""The program: runs with PyTorch alone, any number of images, and draws what the network does."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastgan import build
+from fastgan import config as cfg
+from fastgan.errors import UserError
+from fastgan.export.program import check_program, write_program
+from kernels import dispatch, runtime
+from tests.export.exporting import NCSNPP, checkpoint, exported
+
+ROOT = Path(__file__).parents[2]
+# After the card's lines, in an interpreter that cannot import this project.
+ALONE = """
+import sys
+sys.modules.update(fastgan=None, kernels=None)
+{lines}
+print(images.dtype, tuple(images.shape))
+"""
+
+
+def lines_of(card: str) -> str:
+    [lines] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    return lines
+
+
+def case(tmp_path: Path, **changes: Any) -> str:
+    """Exports a program, looks at what there is, and returns the card."""
+    source = checkpoint(tmp_path / "x.safetensors", **changes)
+    out = tmp_path / "net"
+    said, card = exported(source, out, program=True, images=11)
+    program = said["program"]
+    assert program["images"] == 11 and program["values"] == 11 * 64 * changes.get("img_channels", 1)
+    assert program["off_by_one"] < program["values"] / 20
+    assert said["sha256"].keys() == {"grid.png", "net.pt2", "net.safetensors"}
+    with zipfile.ZipFile(out / "net.pt2") as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    assert [name for name, data in content.items() if str(ROOT).encode() in data] == []
+    assert any(data == b"CC-BY-NC-SA-4.0" for data in content.values())
+    return card
+
+
+def test_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = case(tmp_path, channel_mult=[1])
+    monkeypatch.chdir(tmp_path / "net")
+    names: dict[str, Any] = {}
+    exec(lines_of(card), names)
+    assert names["images"].dtype == torch.uint8 and names["images"].shape == (16, 1, 8, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes", [NCSNPP, {"label_dim": 5, "img_channels": 3, "attn_resolutions": [8]}]
+)
+def test_more_programs(changes: dict[str, Any], tmp_path: Path) -> None:
+    code = ALONE.format(lines=lines_of(case(tmp_path, **changes)))
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path / "net")
+    channels = changes.get("img_channels", 1)
+    assert done.stdout == f"torch.uint8 (16, {channels}, 8, 8)\n", done.stderr
+    network, _ = build.saved_network(str(tmp_path / "net/net.safetensors"), torch.device("cpu"))
+    images = build.sample_fn(network, cfg.SamplerConfig(), torch.device("cpu"))(list(range(3)))
+    with pytest.raises(UserError, match=r"differ from the network's by .*net\.pt2"):
+        check_program(tmp_path / "net/net.pt2", network, images.flip(0))
+
+
+def test_only_operators_of_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the environment asks for kernels of this project."""
+    source = checkpoint(tmp_path / "x.safetensors", channel_mult=[1])
+    network, _ = build.saved_network(str(source), torch.device("cpu"))
+    monkeypatch.setenv("FASTGAN_KERNELS", "triton")
+    monkeypatch.setattr(runtime, "INTERPRETED", True)
+    assert dispatch.implementation("group_norm_silu", "cpu", torch.float32) == "triton"
+    write_program(network, tmp_path / "x.pt2", {})
+    calls = [
+        str(node.target)
+        for node in torch.export.load(tmp_path / "x.pt2").graph.nodes
+        if node.op == "call_function"
+    ]
+    assert len(calls) > 50 and {name.partition(".")[0] for name in calls} <= {
+        "aten",
+        "<built-in function getitem>",
+    }

@@ -1,0 +1,224 @@
+"""The page against numbers computed here, for runs in every state."""
+
+import base64
+import hashlib
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastgan.errors import UserError
+from fastgan.run_report.page import write_report
+from tests.command_line import CommandLine, network_file
+from tests.run_report.pages import (
+    Page,
+    add_checkpoint,
+    add_sample,
+    assert_sound,
+    make_run,
+    metric,
+    set_state,
+    tick,
+)
+
+
+def page_of(run: Path, *against: Path) -> Page:
+    return assert_sound(write_report(run, against=against).read_text())
+
+
+def everything_in(folder: Path) -> dict[str, tuple[bytes, int]]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def test_a_real_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = CommandLine(tmp_path / "here", capsys, monkeypatch)
+    ended = command(
+        "train", "experiment=demo", "batch=8", "tick=16", "optim.lr_g=1e-3", "total_images=64",
+        "optim.decay_from=null", f"init.path={network_file(tmp_path / 'tiny.safetensors')}",
+        "snapshot=32", "run_dir=run", "eval.extractor=pca:4", "eval.images=32",
+        "eval.reference=digits/val",
+    )  # fmt: skip
+    assert ended.code == 0
+    run = Path("run")
+    before = everything_in(run)
+    page = page_of(run)
+    after = everything_in(run)
+    assert after.keys() - before.keys() == {"run/report.html"}
+    assert {name: after[name] for name in before} == before
+
+    records = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+    speeds = [r["Timing/img_per_sec"] for r in records if "Timing/img_per_sec" in r]
+    assert f"median {statistics.median(speeds):.4g} img/s" in page.fact("Speed")
+    assert page.fact("Speed").endswith("over 4 ticks)")
+    (key,) = {key for r in records for key in r if key.startswith("Metric/")}
+    best, at = min((r[key], r["Progress/kimg"]) for r in records if key in r)
+    assert page.fact(f"Best {key[7:]}") == f"{best:.4g} at {at:.1f} thousand images"
+    assert page.fact("Images") == "64 of 64"
+    warned = [x for x in (run / "log.txt").read_text().splitlines() if x.startswith("warning:")]
+    assert page.pre[: len(page.pre) - 1] == (["\n".join(warned)] if warned else [])
+    assert "done" in page.words and page.pre[-1] == (run / "config.yaml").read_text()
+    for folder in ("0000000032", "0000000064"):
+        content = (run / "checkpoints" / folder / "ema.safetensors").read_bytes()
+        assert hashlib.sha256(content).hexdigest() in page.words
+    grids = [base64.b64decode(uri.partition(",")[2]) for uri in page.images()]
+    assert grids == [(run / f"samples/00000000{n}.png").read_bytes() for n in (32, 64)]
+    assert page.titles() == [
+        key[7:], "Losses", "Mean sign of D's logits", "Diversity", "Updates left out",
+        "Images per second",
+    ]  # fmt: skip
+    # One feature network, the diffusion encoder.
+    assert f"Loss/G {math.log(2):.2f} and Loss/D {2 * math.log(2):.2f} (dotted)" in page.text
+
+
+def test_what_was_measured_stands_beside_its_grid_and_checkpoint(tmp_path: Path) -> None:
+    lines = [tick(4), metric(4, 3.0), tick(8), metric(8, 2.0), tick(12), metric(12, 5.0)]
+    run = make_run(tmp_path / "run", lines)
+    for nimg, value in ((4000, 3.0), (8000, 2.0), (12_000, 5.0)):
+        add_sample(run, nimg)
+        add_checkpoint(run, nimg, f"{nimg:064x}", **{"Metric/FD-x": value})
+    page = page_of(run)
+    assert page.fact("Best FD-x") == "2 at 8.0 thousand images"
+    captions = [word for word in page.words if "thousand images: " in word]
+    assert captions == [f"{k}.0 thousand images: FD-x = {v}" for k, v in ((4, 3), (8, 2), (12, 5))]
+    # Every row of the table: images, metrics, best or not, sha256.
+    cells = page.table_cells
+    start = cells.index("4.0")
+    assert cells[start : start + 10] == [
+        "4.0", "FD-x = 3", f"{4000:064x}", "8.0", "FD-x = 2", "best", f"{8000:064x}", "12.0",
+        "FD-x = 5", f"{12_000:064x}",
+    ]  # fmt: skip
+
+
+def test_the_head_of_a_running_run(tmp_path: Path) -> None:
+    speeds = [80.0, 200.0, 50.0]
+    lines = [
+        tick(k, **{"Timing_img_per_sec": speed, "Timing_mfu": 0.3 + k / 100})
+        for k, speed in enumerate(speeds)
+    ]
+    absent = '"Resources/peak_gpu_mem_gb": 0.0'
+    for k, memory in enumerate((30, 31)):
+        lines[k] = lines[k].replace(absent, absent.replace("0.0", str(memory)))
+    run = make_run(tmp_path / "run", lines)
+    set_state(run, "running", 2000)
+    page = page_of(run)
+    assert page.fact("Images") == "2,000 of 8,000"
+    assert page.fact("Speed") == "median 80 img/s (50 to 200 over 3 ticks)"
+    assert page.fact("MFU") == "median 31.0%"
+    assert page.fact("Peak GPU memory") == "31 GiB"
+    assert page.fact("Wall time").startswith(
+        "20 s from the first tick to the last (2023-11-14 22:13"
+    )
+    assert page.fact("Left") == "about 1 min 15 s at the median speed"  # 6000 / 80
+
+
+@pytest.mark.parametrize("status", ["done", "failed", "diverged", "preempted", "running"])
+def test_states_and_their_messages(status: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [tick(1)])
+    set_state(run, status, 1000, "why it <ended>, as it did")
+    page = page_of(run)
+    assert ("span", {"class": f"state {status}"}) in page.tags
+    assert "why it <ended>, as it did" in page.words
+    assert ("Left" in page.words) == (status == "running")
+
+
+def test_before_the_first_tick(tmp_path: Path) -> None:
+    page = page_of(make_run(tmp_path / "run"))
+    assert "not known" in page.words and page.fact("Images") == "0 of 8,000"
+    assert page.titles() == [] and page.images() == []
+    assert page.words.count("None yet.") == 2  # samples, checkpoints
+    assert "No statistics yet." in page.words
+    assert "Wall time" not in page.words and "Speed" not in page.words
+
+
+def test_pretraining(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [tick(1, Loss_denoising=700.0)])
+    (run / "config.yaml").write_text("experiment_name: pre\ntotal_images: 1M\nnoise: {mean: 0}\n")
+    page = page_of(run)
+    assert "run, pre-training" in page.words and "Denoising loss" in page.titles()
+    assert page.fact("Images") == "1,000 of 1,000,000"
+
+
+def test_six_grids_of_many(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    contents = [add_sample(run, 1000 * k) for k in range(1, 22)]
+    uris = page_of(run).images()
+    shown = [contents.index(base64.b64decode(uri.partition(",")[2])) for uri in uris]
+    assert shown == [0, 4, 8, 12, 16, 20]
+
+
+def test_warnings_of_the_log(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    warnings = [f"left out {k} updates of G: loss or gradients not finite" for k in range(150)]
+    (run / "log.txt").write_text("first iteration after 2 s\n" + "\n".join(warnings) + "\nok\n")
+    page = page_of(run)
+    assert "The last 100 of 150:" in page.words
+    assert page.pre[0] == "\n".join(warnings[50:])
+
+
+def test_against_another_run(tmp_path: Path) -> None:
+    lines = [tick(1), metric(1, 4.0)]
+    ours = make_run(tmp_path / "ours", lines, seed=1, run_dir="a")
+    other = make_run(tmp_path / "other", [tick(1), metric(1, 3.0), tick(2)], seed=2, run_dir="b")
+    set_state(other, "done", 2000)
+    page = page_of(ours, other)
+    cells = page.table_cells
+    assert cells[: cells.index("seed") + 3] == [
+        "state", "not known", "done", "images", "1,000", "2,000", "best FD-x",
+        "4 at 1.0 thousand images", "3 at 1.0 thousand images", "median img/s", "100", "100",
+        "seed", "1", "2",
+    ]  # fmt: skip
+    assert "run_dir" not in cells and "loss.kind" not in cells
+    for label in ("ours: G", "ours: D", "other: G", "other: D", "ours", "other"):
+        assert label in page.words
+    assert not (other / "report.html").exists()
+
+
+def test_against_another_kind_of_training_or_loss(tmp_path: Path) -> None:
+    ours = make_run(tmp_path / "ours", [tick(1)])
+    pre = make_run(tmp_path / "pre", [tick(1)])
+    (pre / "config.yaml").write_text("experiment_name: pre\n")
+    one = make_run(tmp_path / "one", discriminator={"kind": "diffusion"})
+    text = page_of(ours, pre, one).text
+    assert "pre is another kind of training" in text and "one sums its loss otherwise" in text
+    assert "otherwise" not in page_of(ours).text
+
+
+def test_runs_of_the_same_name(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / parent / "run", [tick(1)]) for parent in ("a/x", "b/x", "b/y")]
+    assert {"x/run", "y/run"} <= set(page_of(*runs[1:]).words)
+    assert {"a/x/run", "b/x/run", "b/y/run"} <= set(page_of(*runs).words)
+
+
+def test_mistakes_are_one_line_and_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", [tick(1)])
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "empty", tmp_path / "absent", tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match=r"no such run, .*config\.yaml"):
+            write_report(path)
+        with pytest.raises(UserError, match="no such run"):
+            write_report(run, against=[path])
+    with pytest.raises(UserError, match=r"config\.yaml.*ends with \.html"):
+        write_report(run, out=run / "config.yaml")
+    with pytest.raises(UserError, match="6 runs, in --against, at most 5"):
+        write_report(run, against=[run] * 6)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"matplotlib is not installed.*fastgan\[plot\]"):
+        write_report(run)
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "stats.jsonl"]
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_out_and_the_command(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [tick(1)])
+    out = write_report(run, out=tmp_path / "paper" / "a.html", command="python 'a <b>'")
+    page = assert_sound(out.read_text())
+    assert "python 'a <b>'" in page.words and not (run / "report.html").exists()
+    assert "torch" in page.text and "fastgan 0" in page.text

@@ -1,0 +1,187 @@
+"""stats.jsonl and what is healthy, against the training code's own."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgan.run_report.curves import MOST_POINTS, Curve, curves, draw, thinned
+from fastgan.run_report.folder import RunFolder
+from fastgan.run_report.healthy import Chart, undecided
+from fastgan.run_report.run import read_run
+from fastgan.run_report.statistics import Statistics, read_statistics
+from fastgan.run_report.words import duration, number
+from fastgan.run_state import RunState, write_state
+from fastgan.training import losses
+from fastgan.training.health import Diverged, Health
+from fastgan.training.resume import how_it_ended
+from tests.run_report.pages import make_run, metric, tick
+from tests.training.test_loop import Counting, train
+from tests.training.toys import diffusion_heads, generator, reals
+
+NAN = math.nan
+
+
+def statistics_of(folder: Path, lines: list[str], end: str = "") -> Statistics:
+    (folder / "stats.jsonl").write_text("".join(f"{line}\n" for line in lines) + end)
+    return read_statistics(RunFolder(folder))
+
+
+def test_null_is_a_gap_and_a_torn_end_is_left_out(tmp_path: Path) -> None:
+    found = statistics_of(tmp_path, [tick(1), tick(2, Loss_G=None), tick(3)], tick(4)[:40])
+    xs, ys = found.series("Loss/G")
+    assert xs == [1, 2, 3] and (ys[0], ys[2]) == (1.5, 1.5) and math.isnan(ys[1])
+    assert (found.broken, found.values("Loss/G")) == (0, [1.5, 1.5])
+    assert statistics_of(tmp_path, [tick(1)], tick(2)).series("Loss/G")[0] == [1, 2]
+
+
+def test_broken_lines_elsewhere_are_counted(tmp_path: Path) -> None:
+    bad = ["{", "[]", "null", "", '{"Loss/G": 1}', tick(-1), '{"Progress/kimg": true}', "\0"]
+    bad += ["[" * 5000, '{"Progress/kimg": ' + "9" * 5000 + "}", "x" * 100_000]
+    found = statistics_of(tmp_path, [tick(1), *bad, tick(2)])
+    assert found.broken == len(bad) and found.series("Loss/D")[0] == [1, 2]
+    notes = read_run(make_run(tmp_path / "run", [*bad, tick(1)])).folder.notes
+    assert notes == [f"left out: broken lines of stats.jsonl, {len(bad)} of them"]
+
+
+def test_what_is_no_finite_number_is_a_gap(tmp_path: Path) -> None:
+    texts = [
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "1e999",
+        "1" + "0" * 400,
+        '"1"',
+        "true",
+        "[1]",
+        "1e300",
+    ]
+    lines = [tick(k).replace('"Loss/G": 1.5', f'"Loss/G": {t}') for k, t in enumerate(texts)]
+    found = statistics_of(tmp_path, lines)
+    assert found.broken == 0 and len(found.series("Loss/G")[0]) == len(texts)
+    assert found.values("Loss/G") == [] and len(found.values("Loss/D")) == len(texts)
+
+
+def test_what_a_resumed_run_repeats_counts_once(tmp_path: Path) -> None:
+    lines = [tick(1), tick(2), metric(2, 9.0), tick(3), metric(3, 8.0)]
+    lines += [tick(2, Loss_G=7.0), metric(2, 5.0), tick(3, Loss_G=6.0)]
+    found = statistics_of(tmp_path, lines)
+    assert found.series("Loss/G") == ([1, 2, 3], [1.5, 7.0, 6.0])
+    assert found.series("Metric/FD-x") == ([2], [5.0])
+    assert (found.repeated, len(found.times)) == (4, 5)
+
+
+def test_only_so_many_metrics(tmp_path: Path) -> None:
+    found = statistics_of(tmp_path, [metric(1, 1.0, f"m{k}") for k in range(500)])
+    assert found.metrics == [f"Metric/m{k}" for k in range(12)]
+
+
+def test_thinned_means_leave_gaps() -> None:
+    many = 10 * MOST_POINTS
+    ys = [NAN] * 20 + [float(k) for k in range(20, many)]
+    ys[25] = NAN
+    x, y = thinned(([float(k) for k in range(many)], ys))
+    assert len(x) == len(y) == MOST_POINTS
+    assert x[:3] == [4.5, 14.5, 24.5] and all(map(math.isnan, y[:2]))
+    assert y[2] == pytest.approx((20 + 21 + 22 + 23 + 24 + 26 + 27 + 28 + 29) / 9)
+    assert y[-1] == many - 5.5
+    assert len(thinned(([0.0] * (many + 1), [1.0] * (many + 1)))[0]) <= MOST_POINTS
+
+
+def points_of(svg: str, colour: str) -> list[list[tuple[float, float]]]:
+    """The strokes of a drawn line, each a list of (x, y)."""
+    found = re.findall(r'<path d="([^"]*)"[^>]*style="fill: none; stroke: ' + colour, svg)
+    (path,) = found
+    strokes = [re.findall(r"(-?[\d.]+) (-?[\d.]+)", part) for part in path.split("M")[1:]]
+    return [[(float(x), float(y)) for x, y in stroke] for stroke in strokes]
+
+
+def test_a_drawn_line_has_the_values_and_the_gap() -> None:
+    curve = Curve("x", "#0072B2", False, ([0, 1, 3, 4, 5], [0.0, 1.0, 4.0, NAN, 2.0]))
+    first, second = points_of(draw(Chart("t", ("Loss/G",), ""), [curve]), "#0072b2")
+    (x0, y0), (x1, y1), (x2, y2) = first
+    assert (x1 - x0) / (x2 - x0) == pytest.approx(1 / 3, abs=1e-3)
+    assert (y0 - y1) / (y0 - y2) == pytest.approx(1 / 4, abs=1e-3)
+    assert len(second) == 1 and (y0 - second[0][1]) / (y0 - y2) == pytest.approx(1 / 2, abs=1e-3)
+
+
+def test_the_logarithmic_chart_leaves_zero_out() -> None:
+    curve = Curve("x", "#0072B2", False, ([0, 1, 2, 3], [0.0, 1.0, 10.0, 100.0]))
+    ((_, a, b),) = [[y for _, y in s] for s in points_of(log_chart(curve), "#0072b2")][:1]
+    assert a > b
+
+
+def log_chart(curve: Curve) -> str:
+    return draw(Chart("R1", ("Loss/R1",), "", log=True), [curve])
+
+
+def test_colours_are_of_runs_or_of_keys() -> None:
+    chart = Chart("t", ("Loss/G", "Loss/D"), "")
+    made = Statistics([{"Progress/kimg": 1.0, "Loss/G": 1.0, "Loss/D": 2.0}])
+    alone, two = curves(chart, [("a", made)]), curves(chart, [("a", made), ("b", made)])
+    assert [c.label for c in alone] == ["G", "D"] and alone[0].colour != alone[1].colour
+    assert [c.label for c in two] == ["a: G", "a: D", "b: G", "b: D"]
+    assert two[0].colour == two[1].colour != two[2].colour
+    assert [c.dashed for c in two] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("kind", ["nonsaturating", "hinge"])
+def test_undecided_losses_are_those_of_silent_logits(kind: losses.Kind) -> None:
+    for branches in (1, 2, 3):
+        silent = [torch.zeros(4, 5 + b) for b in range(branches)]
+        d = losses.fake_loss(silent, kind) + losses.real_loss(silent, kind)
+        expected = float(losses.generator_loss(silent, kind).mean()), float(d.mean())
+        names = [f"net{b}" for b in range(branches)]
+        config = {
+            "loss": {"kind": kind},
+            "discriminator": {"kind": "projected", "backbones": names},
+        }
+        assert undecided(config) == pytest.approx(expected)
+
+
+def test_the_diffusion_discriminator_counts_as_one_network() -> None:
+    logits = diffusion_heads(generator())(reals(0))
+    silent = [0 * patches for patches in logits]
+    config = {"loss": {"kind": "nonsaturating"}, "discriminator": {"kind": "diffusion"}}
+    found = undecided(config)
+    assert found is not None
+    assert found[0] == pytest.approx(float(losses.generator_loss(silent).mean().detach()))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"loss": 1, "discriminator": [1]}, {"loss": {"kind": {}}, "discriminator": {"kind": "x"}},
+     {"loss": {"kind": "hinge"}, "discriminator": {"kind": "projected", "backbones": "abc"}}],
+)  # fmt: skip
+def test_other_settings_have_no_undecided_losses(config: dict) -> None:
+    assert undecided(config) is None
+
+
+def test_every_warning_of_training_is_found(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    with pytest.raises(Diverged):
+        train(Counting(**{f"k{k}": "skip" for k in range(30)}), run, 400)
+    sure = {"Loss/sign_real": 1.0, "Loss/sign_fake": -1.0, "Loss/diversity": 0.1}
+    told = Health().warnings(sure)
+    assert len(told) == 2
+    for state in ("running", "failed", "preempted"):
+        write_state(run, RunState(state, 8, None, "why"))
+        told.append(how_it_ended(run) or "")
+    (run / "state.json").write_text("{")
+    told.append(how_it_ended(run) or "")
+    with (run / "log.txt").open("a") as log:
+        log.write("\n".join([*told, "left out: damaged checkpoint", "16 images are trained in x"]))
+    found = read_run(run)
+    assert found.warnings[-len(told) - 1 :][:-1] == told
+    assert found.warned == len(found.warnings)
+    assert [line for line in found.warnings if re.match(r"left out \d+ updates of G", line)]
+    assert "images are trained" not in "".join(found.warnings)
+
+
+def test_words() -> None:
+    assert [number(x) for x in (0.0123456, 12345.6, NAN, None)] == ["0.01235", "12,346", "-", "-"]
+    assert [duration(s) for s in (59.6, 3599, 7500, 93_600)] == [
+        "1 min 00 s", "59 min 59 s", "2 h 05 min", "1 d 2 h",
+    ]  # fmt: skip
