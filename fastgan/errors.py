@@ -50,9 +50,22 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether it is PyTorch's OutOfMemoryError, or of a library beside it, which says so."""
+    """Whether it, or what it arose from, is PyTorch's OutOfMemoryError, or of a library beside it,
+    which says so."""
     said = ("out of memory", "ALLOC_FAILED")
-    return type(error).__name__ == "OutOfMemoryError" or any(each in str(error) for each in said)
+    return any(
+        type(each).__name__ == "OutOfMemoryError" or any(words in str(each) for words in said)
+        for each in origins(error)
+    )
+
+
+def origins(error: BaseException) -> list[BaseException]:
+    """The error and what it arose from, the first cause last: what ends a recording that broke off
+    is an error of its own."""
+    found = [error]
+    while (before := found[-1].__cause__ or found[-1].__context__) and before not in found:
+        found.append(before)
+    return found
 
 
 def fail(message: str) -> NoReturn:

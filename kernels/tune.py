@@ -48,14 +48,23 @@ class Result:
     entry: Entry | None
 
 
-class Once:
-    """Measures, and does not wait a second time for a plan that hung, at whatever shape."""
+class TimeUp(Exception):
+    """The minutes have passed."""
 
-    def __init__(self, measure: Measure) -> None:
-        self.measure = measure
+
+class Once:
+    """Measures, and does not wait a second time for a plan that hung, at whatever shape.
+
+    TimeUp where `begin` says that nothing more is begun.
+    """
+
+    def __init__(self, measure: Measure, begin: Callable[[], bool]) -> None:
+        self.measure, self.begin = measure, begin
         self.hung: set[tuple[Candidate, Direction]] = set()
 
     def __call__(self, case: Case, candidate: Candidate) -> Timing:
+        if not self.begin():
+            raise TimeUp
         if (candidate, case.direction) in self.hung:
             raise Failed("hung before, at another shape")
         try:
@@ -76,8 +85,10 @@ def tune(
     minutes: float = inf,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Measures job after job, and hands each result to `record`, until `minutes` have passed."""
-    once, start = Once(measure), clock()
+    """Measures job after job, and hands each result to `record`, until `minutes` have passed, also
+    in the middle of a job."""
+    start = clock()
+    once = Once(measure, lambda: (clock() - start) / 60 < minutes)
     for done, job in enumerate(work):
         passed = (clock() - start) / 60
         if passed >= minutes:
@@ -86,7 +97,11 @@ def tune(
         if done:
             left = min(passed / done * (len(work) - done), minutes - passed)
             _say(f"{done} of {len(work)} done, about {left:.0f} minutes left")
-        result = _measured(job, plans(job), once, inductor)
+        try:
+            result = _measured(job, plans(job), once, inductor)
+        except TimeUp:
+            _say(f"{len(work) - done} of {len(work)} not ended: {minutes:g} minutes have passed")
+            return
         if result is not None:
             record(result)
             _say(f"{job}: {_outcome(result)}")
@@ -179,7 +194,7 @@ def _options() -> Namespace:
     parser.add_argument("--dtype", nargs="+", choices=("bf16", "fp16"), default=["bf16"])
     parser.add_argument("--network", nargs="+", choices=names, default=names)
     parser.add_argument("--out", type=Path, metavar="FILE", help="in place of the package's table")
-    parser.add_argument("--minutes", type=float, default=inf, help="begin no shape after these")
+    parser.add_argument("--minutes", type=float, default=inf, help="begin nothing after these")
     parser.add_argument(
         "--timeout", type=float, default=60.0, help="seconds for a plan, its compilation included"
     )

@@ -6,12 +6,13 @@ are, draw from registered generators, and update its state in place.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fastgan.errors import UserError, out_of_memory
+from fastgan.errors import UserError, origins, out_of_memory
 from fastgan.training.state import StepResult
 
 Inputs = tuple[Tensor | None, ...]
@@ -42,7 +43,12 @@ class CudaGraph:
 
     def record(self, function: Callable[[], StepResult]) -> StepResult:
         # Not what other threads do meanwhile: they decode images and write checkpoints.
-        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            self._graph,
+            pool=self._pool,
+            stream=_own_stream(),
+            capture_error_mode="thread_local",
+        ):
             return function()
 
     def replay(self) -> None:
@@ -81,10 +87,11 @@ class Replayed:
         self._inputs = tuple(None if x is None else x.clone() for x in inputs)
         try:
             self._result = graph.record(lambda: self._iteration(*self._inputs))
-        except RuntimeError as error:
+        except Exception as error:
             if out_of_memory(error):
                 raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            first = origins(error)[-1]
+            reason = (str(first).splitlines() or [type(first).__name__])[0]
             raise UserError(
                 f"the iteration cannot be recorded ({reason}), engine=fast, "
                 "fast.graphs=false runs it without"
@@ -96,9 +103,15 @@ def _beside(iteration: Iteration, inputs: Inputs) -> StepResult:
     """On a stream of its own, as recording will be: autograd remembers streams."""
     if not any(x is not None and x.is_cuda for x in inputs):
         return iteration(*inputs)
-    current, own = torch.cuda.current_stream(), torch.cuda.Stream()
+    current, own = torch.cuda.current_stream(), _own_stream()
     own.wait_stream(current)
     with torch.cuda.stream(own):
         result = iteration(*inputs)
     current.wait_stream(own)
     return result
+
+
+@cache
+def _own_stream() -> torch.cuda.Stream:
+    """The same every time: memory freed on a stream is kept for that stream."""
+    return torch.cuda.Stream()

@@ -165,7 +165,7 @@ def test_only_what_is_tried_has_the_short_limit() -> None:
         limits.append(timeout)
         raise Hung("")
 
-    once = tune.Once(partial(tune._in, ask, 5.0))  # type: ignore[arg-type]
+    once = tune.Once(partial(tune._in, ask, 5.0), lambda: True)  # type: ignore[arg-type]
     for candidate in (LIBRARY, INDUCTOR, SLOW, LIBRARY, INDUCTOR, SLOW):
         with pytest.raises(Failed):
             once(job().cases[0], candidate)
@@ -218,16 +218,21 @@ def test_a_plan_that_fails_one_case_is_out(capsys: pytest.CaptureFixture[str]) -
     assert f"left out: {FAST}, 16 to 24 4x4 fp16 forward, it failed" in capsys.readouterr().err
 
 
-def test_minutes_stop_the_beginning_of_shapes(capsys: pytest.CaptureFixture[str]) -> None:
-    now = iter(range(0, 6000, 60))
+def test_minutes_stop_between_two_measurements(capsys: pytest.CaptureFixture[str]) -> None:
+    """A shape has five: the library, two plans, Inductor, the best again; a minute each."""
+    now = [0.0]
+
+    def measure(case: Case, candidate: Plan | str) -> Timing:
+        now[0] += 60
+        return Timing(9.0, 10.0)
+
     work = [job(shape=replace(TINY, cin=cin)) for cin in (8, 16, 32, 64)]
     found: list[tune.Result] = []
-    options = {"minutes": 2.5, "clock": lambda: next(now)}
-    tune.tune(work, lambda _: ALL, raises, found.append, **options)  # type: ignore[arg-type]
-    # The clock is read at the start and before each shape: at 1, 2 and 3 minutes.
-    assert [r.job for r in found] == work[:2]
+    plans = (SLOW, FAST)
+    tune.tune(work, lambda _: plans, measure, found.append, minutes=12, clock=lambda: now[0])
+    assert [r.job for r in found] == work[:2] and now[0] == 12 * 60
     said = capsys.readouterr().err
-    assert "1 of 4 done" in said and "2 of 4 not begun: 2.5 minutes have passed" in said
+    assert "1 of 4 done" in said and "2 of 4 not ended: 12 minutes have passed" in said
 
 
 def test_a_library_that_fails_leaves_the_shape_out() -> None:

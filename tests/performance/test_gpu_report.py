@@ -196,6 +196,8 @@ def cpu_results(out: Path) -> None:
         (["--summary", "--update", "--out", "{cpu}"], "results of a CPU"),
         (["--tiny", "--out", "{cpu}"], "holds a measurement"),
         (["--summary", "--out", "{cpu}", "--pack", "{tmp}/x.zip"], "no name of an archive"),
+        (["--tiny", "--pack", "{tmp}/x.zip"], "no name of an archive"),
+        (["--tiny", "--pack", "{tmp}/absent/x.tar.gz"], "no folder"),
         (["--minutes", "soon"], "argument --minutes: invalid float value"),
     ],
 )
@@ -315,6 +317,50 @@ def test_minutes_stop_cleanly(
     cases = [script("done()", name="hours", seconds=3600), script("done()", name="seconds")]
     assert [case.name for case in run.run(cases)] == ["seconds"]
     assert [case.name for case in run.left] == ["hours"]
+
+
+def test_what_hangs_leaves_time_for_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "_LEAST_SECONDS", 2.0)
+    cases = [script("time.sleep(60)", seconds=0.1), script("done()", name="b", seconds=0.1)]
+    run = runner.Runner(tmp_path, False, minutes=1)
+    assert [case.name for case in run.run(cases)] == ["b"]
+    assert run.failed["p/a"].startswith("did not end in 2 s") and not run.left
+
+
+def test_a_killed_case_that_resumes_goes_on_at_once(tmp_path: Path) -> None:
+    body = ONCE + "if runs < 3: os.kill(os.getpid(), 9)\ndone(runs=runs)"
+    assert list(runner.Runner(tmp_path, True).run([script(body, resumes=True)]))
+    always = runner.Runner(tmp_path, True)
+    assert not list(always.run([script("os.kill(os.getpid(), 9)", name="b", resumes=True)]))
+    assert "exit status -9" in always.failed["p/b"]
+
+
+def test_the_error_is_named_and_not_the_advice_behind_it(tmp_path: Path) -> None:
+    body = (
+        "print('RuntimeError: CUDA error: an illegal memory access\\nCompile with X'); sys.exit(1)"
+    )
+    for _ in range(2):
+        run = runner.Runner(tmp_path, True)
+        assert not list(run.run([script(body)]))
+        assert run.failed["p/a"].startswith("RuntimeError: CUDA error: an illegal memory access (")
+    assert (tmp_path / "logs/p/a.log").read_text().count("Compile with X") == 2, "nothing is lost"
+
+
+def test_the_archive_is_there_before_the_end(tmp_path: Path) -> None:
+    """Of what was finished when the whole command is told to end, or is killed."""
+    archive = tmp_path / "x.tar.gz"
+    command = [sys.executable, "tools/gpu_report.py", "--tiny", "--out", str(tmp_path / "out")]
+    command += ["--part", "environment", "rates/chip", "--pack", str(archive)]
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    while "rates/chip" not in first.stdout.readline():
+        assert first.poll() is None
+    first.kill()
+    first.wait(timeout=20)
+    with tarfile.open(archive) as found:
+        assert "out/environment.json" in found.getnames() and "out/report.md" in found.getnames()
 
 
 def test_the_command_says_how_to_go_on(

@@ -224,9 +224,37 @@ def test_steps_go_on_with_the_next_round_and_the_first_facts(
         run_steps(tmp_path)
     assert json.loads((tmp_path / "x.progress.json").read_text())["matmul_rates"] == [1e12]
     content = run_steps(tmp_path)
-    assert indices == [0, 0, 1, 1, 2, 2, 2, 3, 3], "the round that was stopped is measured anew"
+    assert indices[:4] == [0, 0, 0, 0], "a turn after each set-up, once, and a round"
+    assert indices[4:] == [1, 1, 1, 2, 2, 3, 3], "the round that was stopped is measured anew"
     assert content["variants"]["a"]["iteration_ms"]["n"] == 12
     assert content["variants"]["a"]["attempts"] == 1
+
+
+def test_a_batch_is_halved_where_recording_had_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ends a recording is another error; nothing more is to be had from that process."""
+    capture = RuntimeError("operation failed due to a previous error during capture")
+    capture.__context__ = torch.OutOfMemoryError("CUDA out of memory")
+    fakes = FakeEngines(monkeypatch, a=[], b=[capture])
+    with pytest.raises(rounds.Broken):
+        run_steps(tmp_path)
+    found = run_steps(tmp_path)["variants"]
+    assert found["b"]["error"] is None and found["b"]["facts"]["batch"] == 32
+    assert fakes.built == [("a", 64), ("b", 64), ("a", 64), ("b", 32)]
+
+
+def test_a_process_in_which_a_recording_broke_off_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    refused = UserError("the iteration cannot be recorded")
+    refused.__cause__ = RuntimeError("stream is capturing")
+    FakeEngines(monkeypatch, a=[refused], b=[])
+    with pytest.raises(rounds.Broken):
+        run_steps(tmp_path)
+    assert "RuntimeError: stream is capturing" in capfd.readouterr().err, "the log has it all"
+    found = run_steps(tmp_path)["variants"]
+    assert found["a"]["error"] == "the iteration cannot be recorded" and found["b"]["img_s"] > 0
 
 
 def test_a_set_up_that_never_ends_is_left_out_in_the_end(

@@ -3,13 +3,14 @@
 import argparse
 import shlex
 import sys
+import traceback
 from pathlib import Path
 
 import torch
 
 from fastgan.errors import UserError
 from fastgan.performance.report import ablation_plot, cifar10_plot, kernel_benchmarks, report
-from fastgan.performance.report.pack import pack
+from fastgan.performance.report.pack import check, pack
 from fastgan.performance.report.parts import Case, Part, all_parts, select
 from fastgan.performance.report.results import Content
 from fastgan.performance.report.runner import Runner, claim, terminable
@@ -32,6 +33,8 @@ def prepare(options: argparse.Namespace) -> tuple[list[Case], list[Part]]:
     options.out = options.out or Path(f"{OUT}-tiny" if options.tiny else OUT)
     if options.summary and not (options.out / "kind.json").is_file():
         raise UserError(f"no results, --out {options.out}, the folder of a report would do")
+    if options.pack:
+        check(options.out, options.pack)
     return cases, parts
 
 
@@ -57,10 +60,14 @@ def measure(
     if not options.summary:
         if options.again:
             report.forget(cases, out)
-        with terminable():
-            for case in run.run(cases):
-                report.write_report(out, parts, options.tiny, run.failed)
-                new.add(case.part)
+        try:
+            with terminable():
+                for case in run.run(cases):
+                    new.add(case.part)
+                    _bring(options, run, parts)
+        finally:
+            # Also where this process is told to end: what was begun has notes and a log.
+            _bring(options, run, parts)
     if "kernels" in new:
         kernel_benchmarks.write_table(out)
     content = report.write_report(out, parts, options.tiny, run.failed)
@@ -70,6 +77,17 @@ def measure(
         cifar10_plot.write(content, out)
     print(f"{options.out / 'report.md'}: written, {len(content['missing'])} cases missing")
     return content, run
+
+
+def _bring(options: argparse.Namespace, run: Runner, parts: list[Part]) -> None:
+    """The report and the archive of what there is: this process may be killed during the next case.
+    Results that the report cannot take are no reason to measure no others."""
+    try:
+        report.write_report(run.out, parts, options.tiny, run.failed)
+    except Exception:
+        traceback.print_exc()
+    if options.pack:
+        pack(run.out, options.pack)
 
 
 def conclude(options: argparse.Namespace, run: Runner) -> int:

@@ -26,7 +26,7 @@ def write_report(
             report[part.name] = part.merged(found)
         if len(found) == len(cases) and any(found):
             write_json(out / f"{part.name}.json", report[part.name])
-        absent = {case.label: (failed or {}).get(case.label) for case in cases
+        absent = {case.label: (failed or {}).get(case.label) or _begun(case, out) for case in cases
                   if case.name not in found}  # fmt: skip
         if found or any(absent.values()) or not part.asked_for:
             report["missing"] |= absent
@@ -35,6 +35,12 @@ def write_report(
     with replace_atomically(out / "report.md") as file:
         file.write(markdown(report).encode())
     return report
+
+
+def _begun(case: Case, out: Path) -> str | None:
+    """Where what is known of it is, before it has ended."""
+    notes = case.result(out).with_suffix(".progress.json")
+    return f"begun, {notes.relative_to(out)} has what is known" if notes.is_file() else None
 
 
 def results(cases: Sequence[Case], out: Path) -> dict[str, Content]:

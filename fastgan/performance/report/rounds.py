@@ -6,18 +6,22 @@ was stopped builds again, repeats nothing that is noted, and goes on with the ne
 """
 
 import argparse
+import faulthandler
 import gc
+import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from threading import Timer
+from typing import NoReturn, TypeVar
 
 import torch
 
-from fastgan.errors import ArgumentParser, UserError
+from fastgan.errors import ArgumentParser, UserError, out_of_memory
 from fastgan.performance.report.parts import AGAIN
 from fastgan.performance.report.rates import product_rate
 from fastgan.performance.report.results import (
@@ -39,6 +43,10 @@ from fastgan.performance.report.variants import (
 T = TypeVar("T")
 # A set-up that was begun so often and never ended is not tried again.
 ATTEMPTS = 2
+# A set-up that takes longer hangs, or compiles for long: the second attempt finds what the first
+# one compiled, and has half of it.
+SET_UP_SECONDS = 300.0
+TURN_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ class Progress:
     def variant(self, name: str) -> Content:
         """Its attempts, error and facts, to be changed and saved."""
         blank: Content = {"attempts": 0, "error": None, "out_of_memory": [], "facts": None}
+        blank["first_turn"] = None
         return self.content["variants"].setdefault(name, blank)
 
     def save(self) -> None:
@@ -96,9 +105,8 @@ def run_case(options: argparse.Namespace, measured: Callable[[Progress], Content
         raise UserError("no GPU, on this machine, --tiny for a dry run would do")
     try:
         content = measured(Progress(options.progress, options.experiment))
-    except Broken as broken:
-        print(_line(broken.__cause__ or broken), file=sys.stderr)
-        return AGAIN
+    except Broken:
+        _leave()
     write_json(options.out, header() | content)
     options.progress.unlink()
     return 0
@@ -116,6 +124,7 @@ def measure(progress: Progress, variants: Sequence[Variant], pace: Pace, tiny: b
             restore_settings(start)
             if built is not None:
                 running[variant.name] = built
+                _first_turn(variant.name, running, progress, pace)
         rounds = progress.content["rounds"]
         while len(rounds) < pace.rounds and running:
             rounds.append(_round(running, len(rounds), progress, pace))
@@ -134,11 +143,12 @@ def _set_up(variant: Variant, progress: Progress, tiny: bool, stack: ExitStack) 
     if noted["error"] is not None:
         return None
     print(f"{variant.name}: setting up", flush=True)
-    for _ in range(2):
+    for _ in range(2 - len(noted["out_of_memory"])):
         batch = noted["out_of_memory"][-1] // 2 if noted["out_of_memory"] else None
         config = variant.config(progress.content["experiment"], batch, tiny)
         call = partial(build, config, variant.prepare, stack)
-        built = _guarded(call, noted, progress, config.batch)
+        limit = SET_UP_SECONDS / noted["attempts"]
+        built = _guarded(call, noted, progress, config.batch, limit)
         if built is not None:
             noted["facts"] = noted["facts"] or built[1]
             progress.save()
@@ -150,21 +160,57 @@ def _set_up(variant: Variant, progress: Progress, tiny: bool, stack: ExitStack) 
     return None
 
 
-def _guarded(call: Callable[[], T], noted: Content, progress: Progress, batch: int) -> T | None:
-    """call(); None where memory did not suffice, or the variant cannot run, which is noted."""
+def _guarded(
+    call: Callable[[], T], noted: Content, progress: Progress, batch: int, limit: float
+) -> T | None:
+    """call(); None where memory did not suffice, or the variant cannot run, which is noted.
+
+    Broken where the process is not to be trusted: after errors of the device, and of recording.
+    """
     try:
-        return call()
-    except torch.OutOfMemoryError:
-        noted["out_of_memory"].append(batch)
-    except UserError as error:
-        noted["error"] = str(error)
+        with _watched(noted, progress, limit):
+            return call()
     except Exception as error:
-        noted["error"] = _line(error)
+        traceback.print_exc()
+        if out_of_memory(error):
+            noted["out_of_memory"].append(batch)
+        else:
+            noted["error"] = str(error) if isinstance(error, UserError) else _line(error)
         progress.save()
-        raise Broken from error
+        known = isinstance(error, torch.OutOfMemoryError | UserError)
+        if not known or error.__cause__ is not None:
+            raise Broken from error
     _free()
-    progress.save()
     return None
+
+
+@contextmanager
+def _watched(noted: Content, progress: Progress, limit: float) -> Iterator[None]:
+    """Inside, no more than `limit` seconds pass: no exception comes from a GPU that hangs. What
+    every thread did is printed, and a new process goes on, without a variant that had settled."""
+
+    def end() -> None:
+        print(f"did not end in {limit:.0f} s", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(2)
+        if noted["facts"] is not None:
+            noted["error"] = f"did not end in {limit:.0f} s"
+            progress.save()
+        _leave()
+
+    timer = Timer(limit, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _leave() -> NoReturn:
+    """Ends the process at once, for a new one: with a broken GPU Python's own end may hang."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(AGAIN)
 
 
 def _round(
@@ -178,7 +224,7 @@ def _round(
     for name in names[first:] + names[:first]:
         noted = progress.variant(name)
         turn = partial(_turn, running[name], index, pace)
-        taken = _guarded(turn, noted, progress, noted["facts"]["batch"])
+        taken = _guarded(turn, noted, progress, noted["facts"]["batch"], TURN_SECONDS)
         if taken is None:
             noted["error"] = noted["error"] or "out of memory beside the other variants"
             del running[name]
@@ -187,6 +233,18 @@ def _round(
             found[name] = {"iterations": taken[:-1], "r1": taken[-1]}
             noted["skipped_updates"] = running[name].skipped
     return found
+
+
+def _first_turn(name: str, running: dict[str, Running], progress: Progress, pace: Pace) -> None:
+    """Notes a turn right after the set-up: all that is known where time ends before the rounds."""
+    noted = progress.variant(name)
+    if noted.get("first_turn") is None:
+        found = _round({name: running[name]}, 0, progress, pace)
+        if name in found:
+            noted["first_turn"] = found[name]
+            progress.save()
+        else:
+            del running[name]
 
 
 def _turn(running: Running, index: int, pace: Pace) -> list[float]:
@@ -208,9 +266,14 @@ def _turn(running: Running, index: int, pace: Pace) -> list[float]:
 
 
 def _free() -> None:
+    """Broken where a recording that broke off has left the allocator or the generator behind."""
     gc.collect()
     if ON_GPU:
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.empty_cache()
+            torch.rand(1, device="cuda").item()
+        except RuntimeError as error:
+            raise Broken from error
 
 
 def _line(error: BaseException) -> str:

@@ -1,12 +1,13 @@
 """Runs cases one by one, each in a process of its own: what is finished stays, time is kept."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ from fastgan.performance.report.results import read_json, write_json
 
 # Before the limit of --minutes: for the report and the archive.
 _RESERVE_SECONDS = 15
-# How many times as long as expected a case may take where there is no other limit.
+# How many times as long as expected a case may take, and what any may (a dry run: on a slow CPU):
+# one that hangs must not take the time of all others.
 _PATIENCE = 3
+_LEAST_SECONDS, _LEAST_DRY_SECONDS = 120.0, 600.0
+# Of a case that goes on in a new process: each of a step's variants may break one.
+_PROCESSES = 8
 
 
 CACHES = "caches"
@@ -98,19 +103,27 @@ class Runner:
         aside = result.with_name(f".{result.name}")
         aside.unlink(missing_ok=True)
         start = time.monotonic()
-        with log.open("w") as output:
-            while (status := self._process(case, aside, output)) == AGAIN and case.resumes:
-                pass
+        # What an earlier run said of it stays: its errors are to be mended elsewhere.
+        with log.open("a") as output:
+            before = output.tell()
+            for _ in range(_PROCESSES):
+                status = self._process(case, aside, output)
+                # Killed, by the system or by itself, is one of the things to go on after.
+                if not case.resumes or not (status == AGAIN or status < 0):
+                    break
         if status not in case.accepted or not aside.is_file():
-            raise UserError(f"{_last_line(log)} (exit status {status}), {log}, see there")
+            line = _last_line(log, before)
+            raise UserError(f"{line} (exit status {status}), {log}, see there")
         read_json(aside)
         os.replace(aside, result)
         print(f"  done in {time.monotonic() - start:.0f} s", flush=True)
 
     def _process(self, case: Case, aside: Path, output: Any) -> int:
-        limit = self._remaining()
-        if limit is None:
-            limit = max(600.0, _PATIENCE * case.seconds)
+        patience = max(
+            _LEAST_DRY_SECONDS if self.tiny else _LEAST_SECONDS, _PATIENCE * case.seconds
+        )
+        remaining = self._remaining()
+        limit = patience if remaining is None else min(patience, remaining)
         # A process group of its own, so that what the case started ends with it.
         process = subprocess.Popen(
             case.arguments(aside, self.out),
@@ -124,6 +137,11 @@ class Runner:
             return process.wait(timeout=max(1.0, limit))
         except subprocess.TimeoutExpired as error:
             print(f"  stopped after {limit:.0f} s", flush=True)
+            if limit == patience:
+                log = self.out / "logs" / f"{case.label}.log"
+                raise UserError(
+                    f"did not end in {limit:.0f} s, {log}, {case.seconds:.0f} were expected"
+                ) from error
             raise TimeUp from error
         finally:
             _end(process)
@@ -172,10 +190,14 @@ def _end(process: subprocess.Popen[Any]) -> None:
             break
         except subprocess.TimeoutExpired:
             continue
-    process.wait()
+    # A process that waits for its driver cannot even be killed: the others go on without it.
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=5)
 
 
-def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
-    last = next((line for line in reversed(lines) if line), "it printed nothing")
-    return last.removeprefix("error: ")
+def _last_line(log: Path, start: int) -> str:
+    """What the log says from `start` on: its last error, behind which CUDA's have advice."""
+    text = log.read_bytes()[start:].decode(errors="replace")
+    lines = [line.strip() for line in reversed(text.splitlines()) if line.strip()]
+    errors = (line for line in lines if re.match(r"error: |[\w.]+(Error|Exception): ", line))
+    return next(errors, lines[0] if lines else "it printed nothing").removeprefix("error: ")

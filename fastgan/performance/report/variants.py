@@ -1,10 +1,12 @@
 """The steps that are compared: every engine and precision that the configuration knows."""
 
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from fastgan.performance.tiny import tiny_overrides
 from fastgan.training.step import PlainStep
 from kernels import dispatch
 
+T = TypeVar("T")
 BASELINES = ("plain-published", "compiled-bf16", "fast-bf16")
 # A step with two backbones compiles one function four times, PyTorch refuses the ninth time.
 GRAPHS = 64
@@ -174,10 +177,19 @@ def build(
         running.run(number * interval)
     facts["peak"] = _peak(running, settling + 1, before)
     facts["peak_r1"] = _peak(running, interval, before)
-    facts["generator_kept"] = _generator_kept(running)
-    facts["launches"] = launches(lambda: running.run(settling + 2))
+    facts["generator_kept"] = _optional(lambda: _generator_kept(running))
+    facts["launches"] = _optional(lambda: launches(lambda: running.run(settling + 2)))
     running.settings = take_settings()
     return running, facts
+
+
+def _optional(measured: Callable[[], T]) -> T | None:
+    """None, and why, where it fails: the variant's speed does not depend on it."""
+    try:
+        return measured()
+    except Exception:
+        traceback.print_exc()
+        return None
 
 
 def _compiled_before() -> bool:
