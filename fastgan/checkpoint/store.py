@@ -61,7 +61,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
             nimg=checkpoint.nimg,
             provenance=checkpoint.provenance,
         )
-        save_file({n: t.contiguous() for n, t in checkpoint.training.items()}, aside / TRAINING)
+        with replacement(aside / TRAINING) as training:
+            save_file({n: t.contiguous() for n, t in checkpoint.training.items()}, training)
         facts = {
             "nimg": checkpoint.nimg,
             "iteration": checkpoint.iteration,

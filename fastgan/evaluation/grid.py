@@ -22,7 +22,7 @@ def save_grid(
     """Writes uint8 images [N, C, H, W] (C = 1 or 3) row by row as one PNG, atomically.
 
     scale: whole-number enlargement by repeating pixels. row_labels: one text per row, on white to
-    the left. A last row that is not full is filled with white.
+    the left, with white between the rows. A last row that is not full is filled with white.
     """
     canvas = _tile(images, columns, scale)
     if row_labels is not None:
@@ -44,15 +44,16 @@ def _tile(images: Tensor, columns: int, scale: int) -> Image.Image:
     return Image.fromarray(grid[:, :, 0] if c == 1 else np.ascontiguousarray(grid))
 
 
-def _with_labels(grid: Image.Image, labels: list[str], row_height: int) -> Image.Image:
-    """`grid` right of a white column wide enough for the labels, vertically centred."""
-    assert len(labels) * row_height == grid.height, (len(labels), row_height, grid.height)
+def _with_labels(grid: Image.Image, labels: list[str], height: int) -> Image.Image:
+    """The rows of `grid` apart, right of a white column wide enough for their labels."""
+    assert len(labels) * height == grid.height, (len(labels), height, grid.height)
     font = ImageFont.load_default()
     margin = int(max(font.getlength(label) for label in labels)) + 2 * _GAP
-    canvas = Image.new(grid.mode, (margin + grid.width, grid.height), "white")
-    canvas.paste(grid, (margin, 0))
+    size = (margin + grid.width, grid.height + _GAP * (len(labels) - 1))
+    canvas = Image.new(grid.mode, size, "white")
     draw = ImageDraw.Draw(canvas)
     for row, label in enumerate(labels):
-        middle = (row + 0.5) * row_height
-        draw.text((_GAP, middle), label, fill="black", font=font, anchor="lm")
+        top = row * (height + _GAP)
+        canvas.paste(grid.crop((0, row * height, grid.width, (row + 1) * height)), (margin, top))
+        draw.text((_GAP, top + height / 2), label, fill="black", font=font, anchor="lm")
     return canvas

@@ -51,6 +51,14 @@ def test_the_average_is_a_network_file(tmp_path: Path) -> None:
     assert all(torch.equal(t, AVERAGE[n]) for n, t in network.state_dict().items())
 
 
+def test_whoever_reads_other_files_reads_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    usual = (tmp_path / "other").stat().st_mode
+    assert {
+        path.name: path.stat().st_mode for path in save(tmp_path, 40).iterdir()
+    } == dict.fromkeys(("ema.safetensors", "training.safetensors", "meta.json"), usual)
+
+
 def test_latest(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
     save(tmp_path, 40)
@@ -103,7 +111,7 @@ def test_a_full_disk_leaves_what_was_there(
     assert names(tmp_path) == ["4", "latest"] and latest_checkpoint(tmp_path) == before
 
 
-@pytest.mark.parametrize("survived", [0, 1, 2])
+@pytest.mark.parametrize("survived", [0, 1, 2, 3])
 def test_a_power_cut_before_the_pointer_moves_is_harmless(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, survived: int
 ) -> None:
@@ -121,7 +129,7 @@ def test_a_power_cut_before_the_pointer_moves_is_harmless(
         patch.setattr(os, "replace", cut)
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 8)
-    assert moves == ["ema.safetensors", "0000000008"][:survived]
+    assert moves == ["ema.safetensors", "training.safetensors", "0000000008"][:survived]
     assert latest_checkpoint(tmp_path) == before and load_checkpoint(before).nimg == 4
     # The half-written folder is in nobody's way.
     assert load_checkpoint(save(tmp_path, 8)).nimg == 8

@@ -43,6 +43,9 @@ def test_labels_stand_left_of_their_rows(tmp_path: Path) -> None:
     plain = np.asarray(Image.open(tmp_path / "plain.png"))
     labelled = np.asarray(Image.open(tmp_path / "labelled.png"))
     margin = labelled.shape[1] - plain.shape[1]
-    np.testing.assert_array_equal(labelled[:, margin:], plain)
+    gap = labelled.shape[0] - plain.shape[0]
+    assert gap > 0
+    np.testing.assert_array_equal(labelled[:20, margin:], plain[:20])
+    np.testing.assert_array_equal(labelled[20 + gap :, margin:], plain[20:])
     assert (labelled[:20, :margin] < 128).any()
-    assert (labelled[20:, :margin] == 255).all()
+    assert (labelled[20:, :margin] == 255).all() and (labelled[20 : 20 + gap] == 255).all()
