@@ -64,7 +64,7 @@ def _passes(folder: Path, test: str) -> bool:
         "import sys; sys.path.insert(0, '.'); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", script, "-x", "-q", "-p", "no:cacheprovider", test]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
     if done.returncode not in (0, 1):
         raise UserError(f"{test} did not run: {done.stdout.strip().splitlines()[-1:]}")
     return done.returncode == 0

@@ -45,7 +45,7 @@ T = TypeVar("T")
 ATTEMPTS = 2
 # A set-up that takes longer hangs, or compiles for long: the second attempt finds what the first
 # one compiled, and has half of it.
-SET_UP_SECONDS = 300.0
+SET_UP_SECONDS = 420.0
 TURN_SECONDS = 60.0
 
 
