@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -121,20 +122,18 @@ def kill_in_an_iteration(step: PlainStep | EdmStep, checkpoints: Path) -> None:
 
 def kill_while_saving(step: PlainStep | EdmStep, checkpoints: Path) -> None:
     """While one half of checkpoint 15 is written."""
-    half = checkpoints / f".{FIFTEEN}.part" / store.TRAINING
+    folder, half_written = checkpoints / f".{FIFTEEN}.part", Event()
     save_file = store.save_file
 
     def stuck(tensors: dict[str, Tensor], path: Path) -> None:
-        if path != half:
-            return save_file(tensors, path)
-        aside = path.with_suffix(".half")
-        save_file(tensors, aside)
-        os.truncate(aside, aside.stat().st_size // 2)
-        aside.rename(path)
-        time.sleep(600)
+        save_file(tensors, path)
+        if path.parent == folder:
+            os.truncate(path, path.stat().st_size // 2)
+            half_written.set()
+            time.sleep(600)
 
     store.save_file = stuck
-    _kill(step, half.exists)
+    _kill(step, half_written.is_set)
 
 
 KILLS = {"in an iteration": kill_in_an_iteration, "while saving": kill_while_saving}
