@@ -31,7 +31,7 @@ test-torch211: .venv-torch211/.ready ## kernels, networks, training, instruments
 	@.venv-torch211/bin/python -m pytest -n 2 -m 'not slow' tests/kernels tests/models tests/training tests/performance
 
 aot: .venv/.ready ## compile every kernel for sm_80 and sm_90 (no GPU needed): registers, spills, widths
-	@$(PYTHON) -m kernels.aot --check
+	@$(PYTHON) -m fastgan_kernels.aot --check
 
 bench: .venv/.ready ## kernel benchmarks; on a machine without a GPU tiny ones that are no speeds
 	@$(PYTHON) -m pytest benchmarks

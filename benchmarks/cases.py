@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kernels.shapes import NETWORKS, Block, Network, Norm
+from fastgan_kernels.aot.shapes import NETWORKS, Block, Network, Norm
 
 DIRECTIONS = ("forward", "backward")
 # Without these three a case cannot be compared; others (apex) are welcome.

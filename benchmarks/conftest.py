@@ -18,9 +18,10 @@ os.environ.pop("FASTGAN_KERNELS", None)
 # The tests' yardstick of accuracy is the benchmarks' too.
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests/kernels"))
 
+from fastgan_kernels import dispatch
+
 from benchmarks import measure, op
 from benchmarks.cases import Case
-from kernels import dispatch
 
 FAILED = pytest.StashKey[list[dict[str, str]]]()
 CHIP = pytest.StashKey[measure.Chip]()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgan.errors import UserError
+from fastgan.common.errors import UserError
 
 Key = tuple[str, str, str]
 # Of the machine these say enough; the rest (its name, its CPU's flags) is not for publication.

@@ -12,8 +12,8 @@ from typing import Any
 
 from benchmarks.results import Results, load, table
 from benchmarks.targets import METRICS, missing
-from fastgan.errors import ArgumentParser, UserError, run_command
-from fastgan.files import replace_atomically
+from fastgan.common.errors import ArgumentParser, UserError, run_command
+from fastgan.common.files import replace_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 # The targets are for this GPU; what is measured on another one is printed, not recorded.

@@ -4,15 +4,15 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from fastgan_kernels.aot.shapes import Block
+from fastgan_kernels.attention import Conv, Norm
+from fastgan_kernels.frozen_block import frozen_unet_block, frozen_unet_block_ref
 from torch import Tensor
 
 from benchmarks import plain
 from benchmarks.cases import Case
 from benchmarks.measure import DTYPE, seconds
 from benchmarks.op import Inputs, Op
-from kernels.attention import Conv, Norm
-from kernels.frozen_block import frozen_unet_block, frozen_unet_block_ref
-from kernels.shapes import Block
 
 pytestmark = pytest.mark.benchmark(timer=seconds, disable_gc=True)
 

@@ -6,14 +6,14 @@
 from collections.abc import Callable, Sequence
 
 import pytest
+from fastgan_kernels import frozen_conv2d
+from fastgan_kernels.frozen_conv import flip_weight
 from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.cases import Case, Conv
 from benchmarks.measure import DTYPE, seconds
 from benchmarks.op import Inputs, Op
-from kernels import frozen_conv2d
-from kernels.frozen_conv import flip_weight
 
 pytestmark = pytest.mark.benchmark(timer=seconds, disable_gc=True)
 

@@ -7,16 +7,17 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from fastgan_kernels import group_norm_silu
+from fastgan_kernels.dispatch import apex_group_norm, apex_group_norm_class
+from fastgan_kernels.norm_silu import device as norm_silu_triton
+from fastgan_kernels.norm_silu import group_norm_silu_ref
+from fastgan_kernels.norm_silu.tiles import Chip, chunks, plan
 from torch import Tensor
 
 from benchmarks import plain
 from benchmarks.cases import Case, Norm
 from benchmarks.measure import DEVICE, DTYPE, ON_GPU, seconds
 from benchmarks.op import Inputs, Op
-from kernels import group_norm_silu, norm_silu_triton
-from kernels.norm_silu import group_norm_silu_ref
-from kernels.norm_silu_tiles import Chip, chunks, plan
-from kernels.optional import apex_group_norm, apex_group_norm_class
 
 pytestmark = pytest.mark.benchmark(timer=seconds, disable_gc=True)
 

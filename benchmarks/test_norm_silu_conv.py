@@ -2,13 +2,16 @@
 
 `ours` is what dispatch takes, cuDNN's convolution behind group_norm_silu unless a table says
 otherwise; `triton` the fastest of our plans, or the first where none was measured (`python -m
-kernels.tune` measures all). A block's second convolution has the embedding and the residual.
+fastgan_kernels.tune` measures all). A block's second convolution has the embedding and the
+residual.
 """
 
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from fastgan_kernels import dispatch, norm_silu_conv
+from fastgan_kernels.norm_silu_conv import norm_silu_conv_ref
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,8 +19,6 @@ from benchmarks import plain
 from benchmarks.cases import Case, NormConv
 from benchmarks.measure import DTYPE, seconds
 from benchmarks.op import Inputs, Op
-from kernels import dispatch, norm_silu_conv
-from kernels.norm_silu_conv import norm_silu_conv_ref
 
 pytestmark = pytest.mark.benchmark(timer=seconds, disable_gc=True)
 GROUPS = 32

@@ -6,14 +6,14 @@
 from collections.abc import Callable, Sequence
 
 import pytest
+from fastgan_kernels import resample2x
+from fastgan_kernels.resample import resample2x_ref
 from torch import Tensor
 
 from benchmarks import plain
 from benchmarks.cases import Case, Resampling
 from benchmarks.measure import DTYPE, seconds
 from benchmarks.op import Inputs, Op
-from kernels import resample2x
-from kernels.resample import resample2x_ref
 
 pytestmark = pytest.mark.benchmark(timer=seconds, disable_gc=True)
 

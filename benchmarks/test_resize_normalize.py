@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from fastgan_kernels import resize_normalize
+from fastgan_kernels.resize_normalize import resize_normalize_ref
 from torch import Tensor
 
 from benchmarks import plain
 from benchmarks.cases import Case
 from benchmarks.measure import DEVICE, DTYPE, ON_GPU, seconds
 from benchmarks.op import Inputs, Op
-from kernels import resize_normalize
-from kernels.resize_normalize import resize_normalize_ref
 
 pytestmark = pytest.mark.benchmark(timer=seconds, disable_gc=True)
 SIZE = 224 if ON_GPU else 8

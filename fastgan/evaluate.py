@@ -6,24 +6,24 @@ from typing import Any
 
 import torch
 
-from fastgan import build, checks, distributed
 from fastgan import config as cfg
-from fastgan.cli import hydra_command
+from fastgan.common import distributed
+from fastgan.common.errors import UserError
+from fastgan.common.files import file_sha256, replace_atomically
+from fastgan.common.precision import strict_float32
 from fastgan.data import open_dataset
-from fastgan.errors import UserError
 from fastgan.evaluation.features import FeatureExtractor
-from fastgan.evaluation.frechet import Statistics
+from fastgan.evaluation.frechet import Statistics, write_statistics
 from fastgan.evaluation.protocol import (
     dataset_statistics,
     generator_statistics,
     npz_statistics,
     score,
 )
-from fastgan.evaluation.references import write_statistics
-from fastgan.files import file_sha256, replace_atomically
-from fastgan.kernel_choice import select_kernels
+from fastgan.launch import build, checks
+from fastgan.launch.cli import hydra_command
+from fastgan.launch.engine import select_kernels
 from fastgan.models import Precond
-from fastgan.precision import strict_float32
 
 
 def evaluate(config: cfg.EvaluateConfig) -> None:

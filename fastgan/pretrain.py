@@ -5,19 +5,20 @@ from functools import partial
 
 import torch
 
-from fastgan import build, checks, distributed
 from fastgan import config as cfg
-from fastgan.batch_probe import naming_batch_gpu, settle_batch_gpu
-from fastgan.cli import hydra_command
-from fastgan.distributed import World
-from fastgan.kernel_choice import select_kernels
+from fastgan.common import distributed
+from fastgan.common.distributed import World
+from fastgan.common.precision import strict_float32, tuned_convolutions
+from fastgan.launch import build, checks
+from fastgan.launch.batch_probe import naming_batch_gpu, settle_batch_gpu
+from fastgan.launch.cli import hydra_command
+from fastgan.launch.engine import select_kernels
+from fastgan.launch.run import describe_batch, evaluation, provenance, say, schedule
+from fastgan.launch.run_dir import open_run_dir
 from fastgan.models import Precond
-from fastgan.precision import strict_float32, tuned_convolutions
-from fastgan.run import describe_batch, evaluation, provenance, say, schedule
-from fastgan.run_dir import open_run_dir
 from fastgan.training.edm_step import EdmSettings, EdmStep, warmup_then_cosine
-from fastgan.training.ema import averaged_copy
 from fastgan.training.loop import run_loop
+from fastgan.training.updater import averaged_copy
 
 
 def pretrain(config: cfg.PretrainConfig) -> None:

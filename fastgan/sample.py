@@ -11,14 +11,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgan import build, checks, distributed
 from fastgan import config as cfg
-from fastgan.cli import hydra_command
-from fastgan.errors import UserError
+from fastgan.common import distributed
+from fastgan.common.errors import UserError
+from fastgan.common.files import replace_atomically
+from fastgan.common.precision import strict_float32
 from fastgan.evaluation.grid import save_grid
-from fastgan.files import replace_atomically
-from fastgan.kernel_choice import select_kernels
-from fastgan.precision import strict_float32
+from fastgan.launch import build, checks
+from fastgan.launch.cli import hydra_command
+from fastgan.launch.engine import select_kernels
 
 
 def sample(config: cfg.SampleConfig) -> None:

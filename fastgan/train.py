@@ -5,17 +5,18 @@ from functools import partial
 
 import torch
 
-from fastgan import build, checks, distributed
 from fastgan import config as cfg
-from fastgan.batch_probe import naming_batch_gpu, settle_batch_gpu
-from fastgan.cli import hydra_command
-from fastgan.distributed import World
-from fastgan.engine import make_step, prepare_process, step_settings
+from fastgan.common import distributed
+from fastgan.common.distributed import World
+from fastgan.launch import build, checks
+from fastgan.launch.batch_probe import naming_batch_gpu, settle_batch_gpu
+from fastgan.launch.cli import hydra_command
+from fastgan.launch.engine import make_step, prepare_process, step_settings
+from fastgan.launch.run import describe_batch, evaluation, provenance, say, schedule
+from fastgan.launch.run_dir import open_run_dir
 from fastgan.models import Precond
 from fastgan.models.freeze import frozen_share
-from fastgan.performance.mfu import full_speed
-from fastgan.run import describe_batch, evaluation, provenance, say, schedule
-from fastgan.run_dir import open_run_dir
+from fastgan.performance.machines import full_speed
 from fastgan.training.loop import run_loop
 from fastgan.training.step import PlainStep
 

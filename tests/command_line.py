@@ -14,8 +14,8 @@ from PIL import Image
 
 from fastgan import config as cfg
 from fastgan.checkpoint.network_file import save_network
-from fastgan.cli import hydra_command
 from fastgan.evaluate import evaluate
+from fastgan.launch.cli import hydra_command
 from fastgan.pretrain import pretrain
 from fastgan.sample import sample
 from fastgan.train import train

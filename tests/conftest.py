@@ -10,9 +10,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from fastgan.distributed import World
+from fastgan.common.distributed import World
+from fastgan.common.noise import seeded
 from fastgan.models import Precond, network_from_config
-from fastgan.seeding import seeded
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = {

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from benchmarks import summarise
+from benchmarks.gpu_report.record import numbers
 from benchmarks.results import load
-from fastgan.performance.report.record import numbers
 
 
 def check_record(root: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgan.errors import UserError
+from fastgan.common.errors import UserError
 from tests.test_batch_probe import Card, config, settled
 
 

@@ -16,16 +16,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastgan import batch_probe, distributed
 from fastgan import config as cfg
-from fastgan.batch_probe import GpuMemory, naming_what_fits, settle_batch_gpu
+from fastgan.common import distributed
+from fastgan.common.distributed import World
+from fastgan.common.errors import UserError
+from fastgan.common.noise import seeded
 from fastgan.discriminator.base import Discriminator
-from fastgan.distributed import World
-from fastgan.errors import UserError
-from fastgan.run_dir import open_run_dir
-from fastgan.seeding import seeded
+from fastgan.launch import batch_probe
+from fastgan.launch.batch_probe import GpuMemory, naming_what_fits, settle_batch_gpu
+from fastgan.launch.run_dir import open_run_dir
 from fastgan.training.edm_step import EdmStep
-from fastgan.training.replay import WARMUP
+from fastgan.training.fast import WARMUP
 from fastgan.training.step import PlainStep
 from tests.command_line import CommandLine, Ended, network_file
 from tests.conftest import TINY, live_network
@@ -290,7 +291,9 @@ class Normed(Discriminator):
 def test_training_is_the_same_as_with_the_number_and_resumes_with_it(
     command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastgan.build.discriminator", lambda config, network, data: Normed())
+    monkeypatch.setattr(
+        "fastgan.launch.build.discriminator", lambda config, network, data: Normed()
+    )
     ended = command("train", *SMALL, "run_dir=given", "batch_gpu=4")
     assert ended.code == 0, ended
     with monkeypatch.context() as patch:
@@ -379,9 +382,9 @@ def test_evaluation_and_other_commands_name_their_own_batch(
     def short(*arguments: object, **more: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
-    monkeypatch.setattr("fastgan.run.save_grid", short)
+    monkeypatch.setattr("fastgan.launch.run.save_grid", short)
     ended = command("train", *SMALL, "run_dir=run", "eval.batch=32")
     assert "with eval.batch=32, eval.batch=16" in refusal(ended)
-    monkeypatch.setattr("fastgan.build.few_step", short)
+    monkeypatch.setattr("fastgan.launch.build.few_step", short)
     ended = command("sample", "checkpoint=../tiny.safetensors", "out=a.npz", "device=cpu")
     assert "out of memory" in ended.error and "smaller batch" in ended.error

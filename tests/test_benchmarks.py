@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastgan_kernels.aot.shapes import NETWORKS
 
 from benchmarks import cases, measure, summarise, targets
 from benchmarks.results import Row, load, table
-from fastgan.errors import UserError, run_command
-from kernels.shapes import NETWORKS
+from fastgan.common.errors import UserError, run_command
 from tests.measured_record import check_record
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastgan.checkpoint.network_file import load_network_file
-from fastgan.cli import packaged_file
+from fastgan.launch.cli import packaged_file
 from tests.command_line import CommandLine, dataset_zip, network_file
 
 ROOT = Path(__file__).resolve().parents[1]

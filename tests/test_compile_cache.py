@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastgan_kernels import dispatch
 
-from fastgan.compile_cache import FOLDERS, prepare_compiler
-from fastgan.errors import UserError
-from fastgan.kernel_choice import select_kernels
-from kernels import dispatch
+from fastgan.common.errors import UserError
+from fastgan.launch.engine import FOLDERS, prepare_compiler, select_kernels
 
 CPU = torch.device("cpu")
 

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgan import checks, run
 from fastgan import config as cfg
 from fastgan.checkpoint.network_file import load_network_file
-from fastgan.cli import compose, config_folder
-from fastgan.engine import step_settings
-from fastgan.errors import UserError
+from fastgan.common.errors import UserError
+from fastgan.launch import checks, run
+from fastgan.launch.cli import compose, config_folder
+from fastgan.launch.engine import step_settings
 from fastgan.models.freeze import is_frozen
 from fastgan.train import train
 from tests.command_line import CommandLine, dataset_zip, network_file

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgan import distributed
-from fastgan.errors import UserError
+from fastgan.common import distributed
+from fastgan.common.errors import UserError
 from fastgan.evaluation.protocol import generator_statistics
 
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fastgan import config as cfg
-from fastgan.cli import compose
-from fastgan.engine import arithmetic, make_step, prepare_process, step_settings
-from fastgan.errors import UserError
-from fastgan.precision import strict_within
+from fastgan.common.errors import UserError
+from fastgan.common.precision import strict_within
+from fastgan.launch.cli import compose
+from fastgan.launch.engine import arithmetic, make_step, prepare_process, step_settings
 from tests.training.toys import ALONE, diffusion_heads, generator
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

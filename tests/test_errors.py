@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from fastgan.errors import UserError, one_line, shown
-from fastgan.json_object import MAX_LEVELS, parse_object
+from fastgan.common.errors import UserError, one_line, shown
+from fastgan.common.files import MAX_LEVELS, parse_object
 
 
 @pytest.mark.parametrize(

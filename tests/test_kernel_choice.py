@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastgan_kernels import dispatch
 
-from fastgan.errors import UserError
-from fastgan.kernel_choice import select_kernels
-from kernels import dispatch
+from fastgan.common.errors import UserError
+from fastgan.launch.engine import select_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -60,10 +60,13 @@ def test_triton_on_a_cpu_is_refused_before_anything_is_written(tmp_path: Path) -
 
 def test_another_package_named_kernels_is_told_apart(tmp_path: Path) -> None:
     """Hugging Face's, for instance, when it comes first on the path."""
-    (tmp_path / "kernels.py").write_text("def get_kernel(): ...\n")
+    (tmp_path / "kernels/fastgan_kernels/__init__.py").write_text("def get_kernel(): ...\n")
     environment = dict(os.environ, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     command = [sys.executable, "-c", "import fastgan"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 1
-    assert "another package named kernels" in last and str(tmp_path / "kernels.py") in last
+    assert (
+        "another package named kernels" in last
+        and str(tmp_path / "kernels/fastgan_kernels/__init__.py") in last
+    )

@@ -1,4 +1,4 @@
-"""kernels/shapes.py says what the published networks are; here the networks say it themselves."""
+"""aot/shapes.py says what the published networks are; here the networks say it themselves."""
 
 import json
 from collections import Counter
@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastgan_kernels import dispatch, runtime
+from fastgan_kernels.aot.builds import Started, builds, specialised
+from fastgan_kernels.aot.shapes import CIFAR10, FFHQ, IMAGENET, Block, Network
 from torch import nn
 
 from fastgan.models import Precond, network_from_config
 from fastgan.models.freeze import freeze
 from fastgan.models.layers import Conv2d, GroupNorm
 from fastgan.models.unet_block import UNetBlock
-from kernels import dispatch, runtime
-from kernels.aot_builds import Started, builds, specialised
-from kernels.shapes import CIFAR10, FFHQ, IMAGENET, Block, Network
 
 LAYOUTS = json.loads((Path(__file__).parent / "golden/edm_checkpoint_layouts.json").read_text())
 FILES = {

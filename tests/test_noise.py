@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgan.noise import global_stream, normal, seeded_latents, stream
+from fastgan.common.noise import global_stream, normal, seeded_latents, stream
 
 KEYS = st.lists(st.integers(0, 10**12) | st.text(max_size=5), max_size=3).map(tuple)
 

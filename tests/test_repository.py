@@ -33,7 +33,7 @@ ABOVE_GROUND = {*(f"fastgan.{name}" for name in PARTS), *ABOVE_PARTS}
 GROUND = ("errors", "files", "noise", "seeding", "distributed", "precision", "vision")
 GROUND += ("compile_cache",)
 # What may be read of the configuration by who only reads runs.
-READ = {"fastgan.config", "fastgan.run_dir"}
+READ = {"fastgan.config", "fastgan.launch.run_dir"}
 FORBIDDEN = {
     "run_report": {"tools", *HYDRA, *COMMANDS, *(CONFIGURATION - READ)},
     "export": {"tools", "fastgan.performance", "fastgan.training", *HYDRA, *COMMANDS},
@@ -81,7 +81,7 @@ def reaches(imported: set[str], forbidden: set[str]) -> set[str]:
 
 def test_the_files_are_found() -> None:
     found = {name_of(path) for path in text_files()}
-    assert {"Makefile", "README.md", "pyproject.toml", ".ci/run", "fastgan/cli.py"} <= found
+    assert {"Makefile", "README.md", "pyproject.toml", ".ci/run", "fastgan/launch/cli.py"} <= found
     assert len(python_files()) > 80 and len(documents()) >= 8
 
 
@@ -132,7 +132,7 @@ def test_kernels_stand_alone() -> None:
 def test_the_import_check_can_fail(tmp_path: Path) -> None:
     file = tmp_path / "x.py"
     file.write_text("def f():\n    from fastgan import build\n    import hydra.core\n")
-    assert reaches(imports(file), ABOVE_PARTS) == {"fastgan.build", "hydra.core"}
+    assert reaches(imports(file), ABOVE_PARTS) == {"fastgan.launch.build", "hydra.core"}
 
 
 def test_links_between_documents_resolve() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastgan.models import Precond
-from fastgan.sampling import few_step, heun, rho_grid, to_uint8
+from fastgan.models.sampling import few_step, heun, rho_grid, to_uint8
 
 
 class GaussianDenoiser(nn.Module):

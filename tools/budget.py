@@ -4,16 +4,14 @@ from the networks' own counts, not measured. See docs/budget.md."""
 import json
 from pathlib import Path
 
-from fastgan.errors import ArgumentParser, run_command
-from fastgan.models.published import PUBLISHED_NETWORKS
+from fastgan.common.errors import ArgumentParser, run_command
+from fastgan.models.build import PUBLISHED_NETWORKS
 
 
 def main() -> int:
     options = _parser().parse_args()
     # Imported here: PyTorch takes seconds that help and mistakes need not wait.
-    from fastgan.performance.budget import budgets
-    from fastgan.performance.budget_plot import save_plot
-    from fastgan.performance.budget_table import report
+    from fastgan.performance.budget import budgets, report, save_plot
     from fastgan.performance.machines import measured_rates
 
     experiments = options.experiment or [f"{name}_d2o_f" for name in PUBLISHED_NETWORKS]

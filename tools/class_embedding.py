@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
+from fastgan.common.errors import ArgumentParser, UserError, run_command
 from fastgan.data import open_dataset
 from fastgan.discriminator.backbones import load_backbone
 from fastgan.discriminator.class_embedding import class_means, save_class_embedding
-from fastgan.errors import ArgumentParser, UserError, run_command
 
 
 def main() -> None:

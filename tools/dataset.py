@@ -7,13 +7,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from fastgan.common.errors import ArgumentParser, run_command
+from fastgan.common.files import file_sha256
 from fastgan.data import ImageDataset, open_dataset
-from fastgan.data.check import problems
-from fastgan.data.convert import Conversion, convert
-from fastgan.data.source_dataset import open_source
-from fastgan.data.transforms import TRANSFORMS
-from fastgan.errors import ArgumentParser, run_command
-from fastgan.files import file_sha256
+from fastgan.data.convert import TRANSFORMS, Conversion, convert, problems
+from fastgan.data.sources import open_source
 
 _GRID_ROWS, _GRID_COLUMNS = 8, 16
 

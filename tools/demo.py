@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgan import build
 from fastgan import config as cfg
-from fastgan.cli import compose, packaged_file
-from fastgan.data.digits import Digits, Split
-from fastgan.errors import ArgumentParser, run_command
-from fastgan.evaluation.digit_classifier import load_classifier
+from fastgan.common.errors import ArgumentParser, run_command
+from fastgan.common.files import file_sha256, replace_atomically
+from fastgan.data.dataset import Digits, Split
+from fastgan.evaluation.classifiers import load_classifier
+from fastgan.evaluation.features import PixelPca
 from fastgan.evaluation.frechet import FeatureStatistics, frechet_distance
 from fastgan.evaluation.grid import save_grid
-from fastgan.evaluation.pca import PixelPca
 from fastgan.evaluation.protocol import versions
-from fastgan.files import file_sha256, replace_atomically
+from fastgan.launch import build
+from fastgan.launch.cli import compose, packaged_file
 from fastgan.models import Precond
 from fastgan.train import train
 

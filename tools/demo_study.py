@@ -11,8 +11,8 @@ from typing import Any
 from demo import TEACHER, demo, table
 
 from fastgan.checkpoint.network_file import load_network_file
-from fastgan.errors import ArgumentParser, run_command
-from fastgan.files import replace_atomically
+from fastgan.common.errors import ArgumentParser, run_command
+from fastgan.common.files import replace_atomically
 
 SEEDS = (42, 43, 44)
 SPACES = ("classifier", "pca")

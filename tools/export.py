@@ -8,10 +8,10 @@ Prints one JSON line: the folder, size and SHA-256 of its files, what rounding c
 import json
 from pathlib import Path
 
-from fastgan.errors import ArgumentParser, run_command
+from fastgan.common.errors import ArgumentParser, run_command
 from fastgan.export.card import GIVEN
 from fastgan.export.command import Options, export
-from fastgan.export.weights import DTYPES
+from fastgan.export.program import DTYPES
 
 
 def main() -> None:

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# On a bare machine nothing is installed: the package is the one beside this file.
+# On a bare machine nothing is installed: the packages are those beside this file.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
 
-from fastgan.errors import ArgumentParser, UserError, run_command
-from fastgan.performance.report.wheels import hydra_importable
+from benchmarks.gpu_report.wheels import hydra_importable
+from fastgan.common.errors import ArgumentParser, UserError, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,7 +21,7 @@ def main() -> int:
     options = _parser().parse_args()
     with hydra_importable(ROOT / "wheels") as unpacked:
         # It reads the configuration's schema, which needs Hydra.
-        from fastgan.performance.report import command
+        from benchmarks.gpu_report import command
 
         cases, parts = command.prepare(options)
         if options.list:
@@ -60,11 +61,11 @@ def record(content: dict[str, Any], out: Path, root: Path) -> None:
     """Writes benchmarks/results/h200-DATE/ below `root` and the rows of targets.json that were
     measured. UserError, and nothing is written, where the report is not of an H200."""
     from benchmarks import summarise
+    from benchmarks.gpu_report import kernel_benchmarks
+    from benchmarks.gpu_report.record import write_record
+    from benchmarks.gpu_report.report import require_record
+    from benchmarks.gpu_report.results import write_json
     from benchmarks.results import Results, load
-    from fastgan.performance.report import kernel_benchmarks
-    from fastgan.performance.report.record import write_record
-    from fastgan.performance.report.report import require_record
-    from fastgan.performance.report.results import write_json
 
     require_record(content, summarise.TARGET_MACHINE)
     machine = content["environment"]

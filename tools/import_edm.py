@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from fastgan.checkpoint.edm_pickle import import_edm
-from fastgan.errors import ArgumentParser, run_command
+from fastgan.common.errors import ArgumentParser, run_command
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ Every mutant is applied to a copy of the repository; its test must pass before a
 Prints a row per mutant and exits with 1 if one survives or no longer applies.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastgan.errors import ArgumentParser, UserError, run_command
+from fastgan.common.errors import ArgumentParser, UserError, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("kernels", "fastgan", "configs", "tests", "tools", "pyproject.toml")
@@ -59,12 +60,17 @@ def kills(mutant: Mutant) -> bool:
 
 
 def _passes(folder: Path, test: str) -> bool:
-    # The copy's own package must win over an installed one.
-    script = (
-        "import sys; sys.path.insert(0, '.'); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", test]
+    # The copy's own packages must win over installed ones.
+    path = os.pathsep.join((str(folder), str(folder / "kernels")))
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
-    command = [sys.executable, "-c", script, "-x", "-q", "-p", "no:cacheprovider", test]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
     if done.returncode not in (0, 1):
         raise UserError(f"{test} did not run: {done.stdout.strip().splitlines()[-1:]}")
     return done.returncode == 0

@@ -15,13 +15,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from demo import CLASSIFIER, CPU, TEACHER, Measure, generated, real_images
 
-from fastgan import build
 from fastgan import config as cfg
-from fastgan.cli import compose
-from fastgan.data.digits import Digits
-from fastgan.errors import ArgumentParser, run_command
-from fastgan.evaluation.digit_classifier import accuracy, save_classifier, train_classifier
-from fastgan.files import file_sha256
+from fastgan.common.errors import ArgumentParser, run_command
+from fastgan.common.files import file_sha256
+from fastgan.data.dataset import Digits
+from fastgan.evaluation.classifiers import accuracy, save_classifier, train_classifier
+from fastgan.launch import build
+from fastgan.launch.cli import compose
 from fastgan.pretrain import pretrain
 
 STEPS = 18

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 
-from fastgan import checks
-from fastgan.errors import ArgumentParser, UserError, run_command
-from fastgan.performance.live_step import measured_config
+from fastgan.common.errors import ArgumentParser, UserError, run_command
+from fastgan.launch import checks
+from fastgan.performance.live_step import measured_config, tiny_overrides
 from fastgan.performance.profile import Request, profile_step
 from fastgan.performance.profile_report import table
-from fastgan.performance.tiny import tiny_overrides
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from fastgan.errors import ArgumentParser, run_command
+from fastgan.common.errors import ArgumentParser, run_command
 from fastgan.run_report.page import NAME, write_report
 
 

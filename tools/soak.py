@@ -11,10 +11,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from fastgan.errors import ArgumentParser, run_command
+from fastgan.common.errors import ArgumentParser, run_command
+from fastgan.common.files import replace_atomically
 from fastgan.evaluation.protocol import versions
-from fastgan.files import replace_atomically
-from fastgan.reliability.soak import soak
+from tests.reliability.soak import soak
 
 # The demo in small steps: a minute of training, a checkpoint every few seconds.
 DEMO = ("experiment=demo", "total_images=9600", "snapshot=480", "tick=480")

@@ -1,0 +1,1 @@
+"""Network files, the state of a run, and EDM pickles that are read without being run."""

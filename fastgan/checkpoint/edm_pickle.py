@@ -16,17 +16,17 @@ from typing import Any, BinaryIO, cast
 
 from torch import Tensor
 
-from fastgan.checkpoint.edm_arguments import architecture
 from fastgan.checkpoint.edm_records import (
     NN_MODULES,
     PERSISTENT,
+    architecture,
     module_content,
     read_tensors,
 )
 from fastgan.checkpoint.inert_pickle import InertUnpickler, RefusedGlobal
 from fastgan.checkpoint.network_file import require_fit, save_network
-from fastgan.errors import UserError, shown
-from fastgan.files import file_sha256
+from fastgan.common.errors import UserError, shown
+from fastgan.common.files import file_sha256
 
 MAX_FILE_BYTES = 8 << 30  # the largest published checkpoint has 1.2 GB, with `net` and `ema` 2.4
 LICENSE = "CC-BY-NC-SA-4.0"  # of EDM's weights, and so of what is derived from them

@@ -17,10 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastgan.checkpoint.edm_arguments import what_is_right
-from fastgan.errors import UserError, shown
-from fastgan.files import file_sha256, replacement, require_file, sync
-from fastgan.json_object import parse_object
+from fastgan.checkpoint.edm_records import what_is_right
+from fastgan.common.errors import UserError, shown
+from fastgan.common.files import file_sha256, parse_object, replacement, require_file, sync
 from fastgan.models import SIGMA_INIT, Precond, network_from_config
 
 FORMAT, VERSION = "fastgan-network", "1"

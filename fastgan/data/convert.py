@@ -18,14 +18,12 @@ import PIL
 from PIL import Image
 from tqdm import tqdm
 
+from fastgan.common.errors import UserError
+from fastgan.common.files import replace_atomically
 from fastgan.data.dataset import subset_indices
 from fastgan.data.decode import load_pixels, open_image
-from fastgan.data.image_source import INDEX_NAME, ImageSource
 from fastgan.data.labels import labels_from_folders
-from fastgan.data.source_dataset import open_source
-from fastgan.data.transforms import TRANSFORMS, to_mode
-from fastgan.errors import UserError
-from fastgan.files import replace_atomically
+from fastgan.data.sources import INDEX_NAME, ImageSource, open_source, read_image, shape_from
 
 LabelRule = Literal["source", "from-folders", "none"]
 _BATCH = 256
@@ -144,3 +142,76 @@ def _resampling(source: ImageSource, resolution: int, how: Conversion) -> str:
     if how.transform == "none":
         return source.metadata.get("resampling", "none")
     return f"{how.transform} to {resolution} (Pillow {PIL.__version__})"
+
+
+_NARROWER_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+
+
+def to_mode(image: Image.Image, where: str, channels: int) -> Image.Image:
+    """RGB (channels 3) or grey (1); transparency is dropped. Refuses more than 8 bits a channel."""
+    if image.mode not in _NARROWER_MODES:
+        raise UserError(f"image mode {image.mode}, {where}, 8 bits per channel expected")
+    return image.convert("RGB" if channels == 3 else "L")
+
+
+def lanczos(image: Image.Image, resolution: int, where: str) -> Image.Image:
+    """Resizes a square image; refuses another, whose proportions would change."""
+    _check_square(image, where)
+    return image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+
+
+def center_crop(image: Image.Image, resolution: int, where: str) -> Image.Image:
+    """The central square of the short side's length, resized by Lanczos."""
+    square = _central(image, min(image.size))
+    return square.resize((resolution, resolution), Image.Resampling.LANCZOS)
+
+
+def center_crop_dhariwal(image: Image.Image, resolution: int, where: str) -> Image.Image:
+    """Halves by box while the short side is >= 2 x resolution, bicubic to it, then crops."""
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = resolution / min(image.size)
+    size = (round(image.width * scale), round(image.height * scale))
+    return _central(image.resize(size, Image.Resampling.BICUBIC), resolution)
+
+
+def keep(image: Image.Image, resolution: int, where: str) -> Image.Image:
+    """The image as it is; refuses one of another size."""
+    if image.size != (resolution, resolution):
+        raise UserError(
+            f"image of {image.width} x {image.height}, {where}, "
+            f"{resolution} x {resolution} expected without a transform"
+        )
+    return image
+
+
+TRANSFORMS: dict[str, Callable[[Image.Image, int, str], Image.Image]] = {
+    "none": keep,
+    "lanczos": lanczos,
+    "center-crop": center_crop,
+    "center-crop-dhariwal": center_crop_dhariwal,
+}
+
+
+def _central(image: Image.Image, side: int) -> Image.Image:
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def _check_square(image: Image.Image, where: str) -> None:
+    if image.width != image.height:
+        raise UserError(
+            f"image of {image.width} x {image.height}, {where}, "
+            "a square one expected: center-crop makes squares"
+        )
+
+
+def problems(source: ImageSource) -> Iterator[str]:
+    """Decodes every image; one line for each that is broken or unlike the first sound one."""
+    shape: tuple[int, int] | None = None
+    for name in tqdm(source.names, disable=None):
+        try:
+            shape = shape or shape_from(source, name)
+            read_image(source, name, *shape)
+        except UserError as error:
+            yield str(error)

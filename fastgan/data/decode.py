@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from fastgan.errors import UserError
+from fastgan.common.errors import UserError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CHANNELS_OF_MODE = {"L": 1, "RGB": 3}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastgan.errors import UserError, shown
+from fastgan.common.errors import UserError, shown
 
 # A bound on label_dim: one absurd label must not make a network of gigabytes.
 MAX_CLASSES = 1 << 20

@@ -1,0 +1,1 @@
+"""What judges the images: frozen features and trained heads on them."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastgan.errors import UserError
+from fastgan.common.errors import UserError
 
 SHIFT, CUTOUT = 1 / 8, 0.2
 

@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from fastgan.errors import UserError
+from fastgan.common.errors import UserError
 
 
 class Discriminator(nn.Module):

@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastgan.common.errors import UserError
+from fastgan.common.files import replacement, require_file
 from fastgan.data import ImageDataset
 from fastgan.discriminator.backbones import Backbone
-from fastgan.errors import UserError
-from fastgan.files import replacement, require_file
 
 
 def class_means(

@@ -11,11 +11,11 @@ from typing import Protocol, Self, cast
 import torch
 from torch import Tensor, nn
 
+from fastgan.common.noise import seeded
 from fastgan.discriminator.augment import check_policy, diff_augment
 from fastgan.discriminator.base import Discriminator
 from fastgan.discriminator.heads import HeadConv2d, heads_compute_in
 from fastgan.models.layers import cast_frozen
-from fastgan.seeding import seeded
 
 FINAL_SIZE = 4
 

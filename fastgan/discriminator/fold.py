@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from fastgan.vision import import_timm
+from fastgan.common.libraries import import_timm
 
 _CONV, _NORM = torch.ops.aten.conv2d.default, torch.ops.aten.batch_norm.default
 

@@ -1,0 +1,1 @@
+"""Feature networks and the Frechet distances between their statistics."""

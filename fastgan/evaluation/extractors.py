@@ -7,14 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgan.errors import UserError
-from fastgan.evaluation.cifar_resnet import ResNet56Features
-from fastgan.evaluation.digit_classifier import load_classifier
-from fastgan.evaluation.features import FeatureExtractor, verified_sha256
-from fastgan.evaluation.inception import CleanInceptionFeatures, InceptionFeatures
-from fastgan.evaluation.pca import PixelPca
-from fastgan.evaluation.timm_features import TimmFeatures
-from fastgan.files import require_file
+from fastgan.common.errors import UserError
+from fastgan.common.files import require_file
+from fastgan.evaluation.classifiers import ResNet56Features, load_classifier
+from fastgan.evaluation.features import FeatureExtractor, PixelPca, verified_sha256
+from fastgan.evaluation.networks import CleanInceptionFeatures, InceptionFeatures, TimmFeatures
 
 _CHOICES = "inception, clean, timm:MODEL, resnet56, classifier:FILE or pca:DIM"
 
@@ -22,7 +19,7 @@ _CHOICES = "inception, clean, timm:MODEL, resnet56, classifier:FILE or pca:DIM"
 class ClassifierFeatures:
     """The features of fastgan's own digit classifier.
 
-    The object from `fastgan.evaluation.digit_classifier.load_classifier(path)` has an int attribute
+    The object from `fastgan.evaluation.classifiers.load_classifier(path)` has an int attribute
     `dim` and maps uint8 [N, C, H, W] to features [N, dim].
     """
 

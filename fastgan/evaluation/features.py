@@ -1,13 +1,15 @@
 """What a feature extractor is, and what the extractors share."""
 
+import hashlib
 import os
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fastgan.errors import UserError
-from fastgan.files import file_sha256
+from fastgan.common.errors import UserError
+from fastgan.common.files import file_sha256
+from fastgan.evaluation.frechet import FeatureStatistics
 
 
 class FeatureExtractor(Protocol):
@@ -43,3 +45,64 @@ def verified_sha256(path: str | os.PathLike[str], expected: str | None) -> str:
     if expected is not None and found != expected.lower():
         raise UserError(f"sha256 is {found}, file {path}, right is {expected}")
     return found
+
+
+# An eigendecomposition of 64x64 RGB pixels takes minutes; beyond, nobody would wait for it.
+_MAX_PIXELS = 12288
+_CHUNK = 1024
+
+
+class PixelPca:
+    """The first `dim` principal components of images in model space, x / 127.5 - 1."""
+
+    resize = "none"
+
+    def __init__(self, mean: Tensor, components: Tensor, fitted_on: dict[str, Any]) -> None:
+        """mean float64 [P], components float64 [dim, P] with orthonormal rows."""
+        self.dim = len(components)
+        self.name = f"pca{self.dim}"
+        self.device = components.device
+        self._mean = mean
+        self._components = components
+        self._fitted_on = fitted_on
+
+    @classmethod
+    def fit(cls, images: Tensor, dim: int, device: torch.device | str = "cpu") -> "PixelPca":
+        """Components of uint8 images [N, C, H, W], in float64, largest variance first.
+
+        A component's entry of largest magnitude is positive, which fixes the sign.
+        UserError: dim below 1 or above C H W or N - 1; more than 12288 pixels.
+        """
+        pixels = images[0].numel()
+        if not 1 <= dim <= min(pixels, len(images) - 1) or pixels > _MAX_PIXELS:
+            raise UserError(
+                f"{dim} components of {len(images)} images with {pixels} values, "
+                f"extractor pca:{dim}, right is 1 to min(values, images - 1), "
+                f"with at most {_MAX_PIXELS} values"
+            )
+        statistics = FeatureStatistics(pixels, device)
+        for chunk in images.split(_CHUNK):
+            statistics.update(_flatten(chunk.to(device)))
+        vectors = torch.linalg.eigh(statistics.covariance).eigenvectors
+        components = vectors.flip(1).T[:dim]
+        largest = components.gather(1, components.abs().argmax(1, keepdim=True))
+        digest = hashlib.sha256(images.cpu().contiguous().numpy().tobytes()).hexdigest()
+        fitted_on = {"n": len(images), "pixels_sha256": digest}
+        return cls(statistics.mean, components * largest.sign(), fitted_on)
+
+    def provenance(self) -> dict[str, Any]:
+        return {"name": self.name, "fitted_on": self._fitted_on}
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 [N, C, H, W] -> float64 [N, dim]. UserError: another image size."""
+        if images[0].numel() != len(self._mean):
+            raise UserError(
+                f"images with {images[0].numel()} values, given to the extractor {self.name}, "
+                f"right is {len(self._mean)}, the size it was fitted to"
+            )
+        return (_flatten(images.to(self.device)) - self._mean) @ self._components.T
+
+
+def _flatten(images: Tensor) -> Tensor:
+    assert images.dtype == torch.uint8 and images.ndim == 4, (images.dtype, images.ndim)
+    return images.flatten(1).to(torch.float64) / 127.5 - 1

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fastgan.files import replace_atomically
+from fastgan.common.files import replace_atomically
 
 _GAP = 6
 

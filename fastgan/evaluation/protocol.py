@@ -19,12 +19,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgan import distributed
-from fastgan.errors import UserError
+from fastgan.common import distributed
+from fastgan.common.errors import UserError
+from fastgan.common.files import file_sha256
 from fastgan.evaluation.features import FeatureExtractor
-from fastgan.evaluation.frechet import FeatureStatistics, Statistics, frechet_distance
-from fastgan.evaluation.references import count_images, entries, read_images, read_statistics
-from fastgan.files import file_sha256
+from fastgan.evaluation.frechet import (
+    FeatureStatistics,
+    Statistics,
+    count_images,
+    entries,
+    frechet_distance,
+    read_images,
+    read_statistics,
+)
 
 QUANTISATION = "trunc(clip(127.5 x + 128, 0, 255))"
 _MAX_RUNS = 4

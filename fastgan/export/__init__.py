@@ -1,1 +1,1 @@
-"""A network to hand to others: rounded weights, pictures, a card, a program (docs/export.md)."""
+"""A folder to publish: weights, grid, card, and a program for PyTorch alone."""

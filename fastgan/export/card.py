@@ -1,17 +1,147 @@
 """The card of an exported network: README.md of its folder."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from fastgan import config as cfg
 from fastgan.checkpoint.network_file import NetworkFile
+from fastgan.common.errors import UserError, shown
+from fastgan.evaluation.grid import save_grid
 from fastgan.evaluation.protocol import versions
-from fastgan.export.markdown import code, leaves, listed, table
-from fastgan.export.pictures import Difference, is_generator
 from fastgan.export.program import Checked
+from fastgan.launch import build
 from fastgan.models import Precond
+
+_LONGEST = 10_000  # characters of a text that are looked at
+# What would end a code span, and what would end a table's cell.
+_ESCAPED = {"`": "\\x60", "|": "\\x7c"}
+
+
+def code(value: object, limit: int = 120) -> str:
+    """A number or text as one code span of at most `limit` characters, give or take escapes.
+
+    Nothing in it becomes a link, an image or HTML, in a table neither.
+    """
+    if value is None:
+        return "-"
+    text = " ".join(value[:_LONGEST].split()) if isinstance(value, str) else value
+    line = shown(text, limit).strip()
+    for character, escape in _ESCAPED.items():
+        line = line.replace(character, escape)
+    return f"`{line}`" if line else "-"
+
+
+def leaves(value: object, most: int = 40) -> list[tuple[str, Any]]:
+    """The first `most` values in a JSON value with their dotted names, lists of numbers whole."""
+    return list(islice(_leaves(value, ""), most))
+
+
+def listed(value: object, most: int = 12, limit: int = 400) -> str:
+    """The same as one code span: `name resnet56, n 50000`."""
+    found = (f"{name} {shown(leaf)}" for name, leaf in leaves(value, most))
+    return code(", ".join(found), limit)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table of cells that are markdown already."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _leaves(value: object, name: str) -> Iterator[tuple[str, Any]]:
+    prefix = f"{name}." if name else ""
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield from _leaves(child, prefix + shown(str(key), 40))
+    elif isinstance(value, list) and not _is_short(value):
+        for index, child in enumerate(value):
+            yield from _leaves(child, f"{prefix}{index}")
+    else:
+        whole = " ".join(map(shown, value)) if isinstance(value, list) else value
+        yield name, "null" if whole is None else whole
+
+
+def _is_short(values: list[Any]) -> bool:
+    return len(values) <= 16 and all(isinstance(value, int | float) for value in values)
+
+
+CPU = torch.device("cpu")
+ROWS = COLUMNS = 8
+_WIDTH = 128  # of an image in the grid, in pixels
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two sets of `n` uint8 images: of their values, and the share of pixels that are equal."""
+
+    n: int
+    mean: float
+    largest: int
+    equal_pixels: float
+
+
+def is_generator(network: Precond) -> bool:
+    """Whether it has D2O's shifted preconditioning, so that one step makes an image."""
+    return network.eps > 0
+
+
+def sampler(network: Precond) -> cfg.SamplerConfig:
+    """How its images are drawn: one step of a generator, 18 of Heun's of a denoiser."""
+    if is_generator(network):
+        return cfg.SamplerConfig()
+    return cfg.SamplerConfig(kind="heun", steps=18)
+
+
+def require_pictures(network: Precond, where: Path) -> None:
+    """UserError unless its images are grey or RGB."""
+    channels = network.model.img_channels
+    if channels not in (1, 3):
+        raise UserError(f"images of {channels} channels, {where}, 1 or 3 would be right")
+
+
+def draw(network: Precond, count: int) -> Tensor:
+    """uint8 images [count, C, H, W] of the seeds 0, 1, ..., classes drawn as evaluation does."""
+    sample = build.sample_fn(network, sampler(network), CPU)
+    seeds = list(range(count))
+    return torch.cat([sample(seeds[at : at + _BATCH]) for at in range(0, count, _BATCH)])
+
+
+def write_grid(network: Precond, path: Path) -> None:
+    """8 x 8 images of the seeds 0-63; a class for each row, spread over all of them."""
+    classes = _class_of_row(network.label_dim)
+    rows = []
+    for row, one_class in enumerate(classes):
+        sample = build.sample_fn(network, sampler(network), CPU, one_class=one_class)
+        rows.append(sample(list(range(row * COLUMNS, (row + 1) * COLUMNS))))
+    labels = [f"class {each}" for each in classes] if network.label_dim else None
+    scale = max(1, _WIDTH // network.model.img_resolution)
+    save_grid(torch.cat(rows), path, COLUMNS, row_labels=labels, scale=scale)
+
+
+def difference(first: Tensor, second: Tensor) -> Difference:
+    """Between uint8 images [N, C, H, W] of the same seeds."""
+    assert first.shape == second.shape and first.dtype == second.dtype == torch.uint8
+    apart = (first.int() - second.int()).abs()
+    return Difference(
+        n=len(first),
+        mean=apart.double().mean().item(),
+        largest=int(apart.max()),
+        equal_pixels=(apart.amax(1) == 0).double().mean().item(),
+    )
+
+
+def _class_of_row(label_dim: int) -> list[int | None]:
+    if label_dim > ROWS:
+        return [row * label_dim // ROWS for row in range(ROWS)]
+    return [row % label_dim if label_dim else None for row in range(ROWS)]
+
 
 UNSPECIFIED = "unspecified"
 LICENSES = {

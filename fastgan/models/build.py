@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from fastgan.errors import UserError
+from fastgan.common.errors import UserError
 from fastgan.models.dhariwal_unet import DhariwalUNet
 from fastgan.models.precond import D2O_EPS, Precond
 from fastgan.models.song_unet import SongUNet
@@ -65,3 +65,34 @@ def _choose(arguments: dict[str, Any], key: str, table: Mapping[str, Any]) -> An
 
 def _wrong(key: str, value: object, allowed: tuple[str, ...]) -> str:
     return f"{key}={value!r} in the network config, one of {', '.join(allowed)} expected"
+
+
+_NCSNPP = {
+    "model_type": "SongUNet",
+    "embedding_type": "fourier",
+    "encoder_type": "residual",
+    "decoder_type": "standard",
+    "channel_mult_noise": 2,
+    "resample_filter": [1, 3, 3, 1],
+    "model_channels": 128,
+    "augment_dim": 9,
+    "img_channels": 3,
+}
+_CIFAR10 = {**_NCSNPP, "img_resolution": 32, "channel_mult": [2, 2, 2]}
+_FACES64 = {**_NCSNPP, "img_resolution": 64, "channel_mult": [1, 2, 2, 2], "label_dim": 0}
+
+PUBLISHED_NETWORKS: dict[str, dict[str, Any]] = {
+    "cifar10_uncond": {**_CIFAR10, "label_dim": 0},
+    "cifar10_cond": {**_CIFAR10, "label_dim": 10},
+    "ffhq64": _FACES64,
+    "afhqv2_64": _FACES64,
+    "imagenet64": {
+        "model_type": "DhariwalUNet",
+        "model_channels": 192,
+        "channel_mult": [1, 2, 3, 4],
+        "img_channels": 3,
+        "img_resolution": 64,
+        "label_dim": 1000,
+    },
+}
+"""Arguments of `network_from_config` without `precond` (ImageNet's is ADM)."""

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastgan.models.init import FAN_IN
-from fastgan.models.layers import Conv2d, GroupNorm, Linear, PositionalEmbedding
+from fastgan.models.layers import FAN_IN, Conv2d, GroupNorm, Linear, PositionalEmbedding
 from fastgan.models.unet_block import UNetBlock
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastgan.models.init import XAVIER
 from fastgan.models.layers import (
+    XAVIER,
     Conv2d,
     FourierEmbedding,
     GroupNorm,

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+from fastgan_kernels import Attention, Conv, frozen_unet_block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastgan.models.init import FAN_IN, Init
-from fastgan.models.layers import Conv2d, GroupNorm, Linear
-from kernels import Attention, Conv, frozen_unet_block
+from fastgan.models.layers import FAN_IN, Conv2d, GroupNorm, Init, Linear
 
 
 class UNetBlock(nn.Module):

@@ -7,12 +7,24 @@ averaged behind the backward pass; the GPU waits `idle_share` of the time. Both 
 that fastgan/training/step.py makes, without start, sampling, measuring or saving.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
 
 from fastgan import config as cfg
-from fastgan.performance.counts import Layer, flop
-from fastgan.performance.iteration import Iteration, Parameters, Part, Work, count_iteration
+from fastgan.common.files import replace_atomically
+from fastgan.common.libraries import import_pyplot
+from fastgan.performance.counts import Layer, flop, norm_elements
+from fastgan.performance.iteration import (
+    Iteration,
+    Parameters,
+    Part,
+    Work,
+    count_iteration,
+    part_of,
+)
 from fastgan.performance.live_step import measured_config
 from fastgan.performance.machines import (
     GPUS_PER_NODE,
@@ -218,3 +230,185 @@ def _kept(layers: Iterable[Layer]) -> int:
 
 def _update_bytes(p: Parameters) -> int:
     return _ADAM * (p.trained + p.heads) + _EMA * p.trained
+
+
+PARTS = ("backbone", "mixing", "heads")
+HOURS = 6.0
+CLAIM = ("A100", 8)
+"""The published claim: 5 M images within `HOURS` hours on this machine."""
+NOTES = (
+    "precision=bf16: all products in bf16 on tensor cores; published: D's in float32 without them.",
+    "GiB: at most, all images/GPU in one forward pass; '> memory' wants a smaller batch_gpu.",
+    "Not in the hours: start, compilation, samples, measurements, checkpoints.",
+)
+HEADER = "  machine GPUs images/GPU   floor img/s  expected img/s  hours for 5 M  GiB per GPU"
+
+
+def report(budgets: Sequence[Budget]) -> str:
+    """The whole answer for budgets in the order of experiments."""
+    lines = ["Computed from counts and the assumptions below; no speed here was measured.", ""]
+    for _, group in groupby(budgets, lambda budget: budget.experiment):
+        lines += [*_experiment(list(group)), ""]
+    return "\n".join([*lines, *_assumptions(budgets)])
+
+
+def _experiment(budgets: list[Budget]) -> Iterator[str]:
+    first = budgets[0]
+    counted, parameters = first.iteration, first.iteration.parameters
+    d = counted.discriminator
+    parts = {part: [x for x in d if part_of(x.name) == part] for part in PARTS}
+    yield f"{first.experiment}: batch {first.batch}, precision={first.precision.value}"
+    yield (
+        f"  GFLOP per image: G {_giga(flop(counted.generator))} forward "
+        f"(attention {_giga(flop(counted.generator, 'attention'))}), D {_giga(flop(d))} "
+        f"({', '.join(f'{part} {_giga(flop(layers))}' for part, layers in parts.items())}), "
+        f"iteration {_giga(counted.flop)}"
+    )
+    yield (
+        f"  norms of G: {_mega(norm_elements(counted.generator))} M elements per image; trained: "
+        f"{_mega(parameters.trained)} of {_mega(parameters.generator)} M parameters of G, "
+        f"{_mega(parameters.heads)} M of the heads; "
+        f"all-reduce {_mega(parameters.allreduce_bytes)} MB per iteration"
+    )
+    yield HEADER
+    yield from map(_row, budgets)
+    yield from _verdict(budgets)
+
+
+def _row(budget: Budget) -> str:
+    start = f"  {budget.machine.name:<7} {budget.gpus:>4}"
+    if budget.problem:
+        return f"{start}  {budget.problem}"
+    memory = f"{budget.memory_gib()['peak']:.1f}"
+    return (
+        f"{start} {budget.batch_gpu:>10} {budget.floor_img_s:>13,.0f} "
+        f"{budget.expected_img_s:>15,.0f} {budget.hours_5m:>14.2f} {memory:>12}"
+        f"{'' if budget.fits_memory else ' > memory: batch_gpu'}"
+    )
+
+
+def _verdict(budgets: list[Budget]) -> Iterator[str]:
+    for budget in budgets:
+        if (budget.machine.name, budget.gpus) == CLAIM and budget.problem is None:
+            fits = "fits" if budget.hours_5m <= HOURS else "does not fit"
+            yield (
+                f"  => {fits} {HOURS:g} hours on 8 x A100: {budget.hours_5m:.2f} h expected for "
+                f"5 M images"
+            )
+    fewest = [_fewest(next(group)) for _, group in groupby(budgets, lambda b: b.machine)]
+    yield f"  => fewest GPUs for {HOURS:g} hours: {', '.join(fewest)}"
+
+
+def _fewest(example: Budget) -> str:
+    found = smallest(example, HOURS)
+    if found is None:
+        return f"none of up to 64 {example.machine.name}"
+    rounds = "" if found.fits_memory else ", smaller batch_gpu"
+    return f"{found.gpus} x {found.machine.name} ({found.hours_5m:.1f} h{rounds})"
+
+
+def _assumptions(budgets: Sequence[Budget]) -> Iterator[str]:
+    """Those that differ between machines beside each other, then the others once."""
+    by_machine = {b.machine.name: b.assumptions for b in budgets}
+    yield "Assumptions (name, value, unit, source)"
+    for name in next(iter(by_machine.values())):
+        yield from _assumption(name, by_machine)
+    yield from NOTES
+
+
+def _assumption(name: str, by_machine: dict[str, Assumptions]) -> Iterator[str]:
+    entries = {machine: assumed[name] for machine, assumed in by_machine.items()}
+    same = len(set(entries.values())) == 1
+    for machine, entry in list(entries.items())[: 1 if same else None]:
+        where = "all" if same else machine
+        yield f"  {name:<24} {where:<5} {entry.value:>10.4g} {entry.unit} ({entry.source})"
+
+
+def _giga(count: float) -> str:
+    return _short(count / 1e9)
+
+
+def _mega(count: float) -> str:
+    return _short(count / 1e6)
+
+
+def _short(number: float) -> str:
+    return f"{number:.1f}" if number >= 1 else f"{number:.2g}"
+
+
+# Okabe and Ito's colours, told apart with any colour vision; markers tell them apart without.
+STYLES = {"A100": ("#D55E00", "o"), "H100": ("#0072B2", "s"), "H200": ("#009E73", "^")}
+_COLUMNS = 3
+
+
+def save_plot(budgets: Sequence[Budget], path: Path) -> None:
+    """Writes a PNG. UserError: matplotlib is not installed, `path` cannot be written."""
+    plt = import_pyplot("--plot")
+    groups = [list(group) for _, group in groupby(budgets, lambda budget: budget.experiment)]
+    columns = min(_COLUMNS, len(groups))
+    rows = -(-len(groups) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4.2 * columns, 3.4 * rows + 0.8), sharex=True, sharey=True,
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for axis, group in zip(axes.flat, groups, strict=False):
+        _panel(axis, group)
+    for axis in axes.flat[len(groups) :]:
+        axis.set_visible(False)
+    _label(figure, axes, len(groups))
+    figure.suptitle(
+        f"Hours for 5 M images, precision={budgets[0].precision.value}: "
+        "computed from counts and assumptions, not measured",
+        fontsize=11,
+    )
+    try:
+        with replace_atomically(path) as file:
+            figure.savefig(file, format="png", dpi=120)
+    finally:
+        plt.close(figure)
+
+
+def _panel(axis: Any, budgets: list[Budget]) -> None:
+    """One experiment: expected hours as lines, the floor's as dots below them."""
+    for name, group in groupby(budgets, lambda budget: budget.machine.name):
+        points = [budget for budget in group if budget.problem is None]
+        gpus = [budget.gpus for budget in points]
+        colour, marker = STYLES[name]
+        hours = [budget.hours_5m for budget in points]
+        axis.plot(gpus, hours, color=colour, marker=marker, markersize=5, label=name)
+        floor = [h * b.expected_img_s / b.floor_img_s for h, b in zip(hours, points, strict=True)]
+        axis.plot(gpus, floor, color=colour, linestyle=":", linewidth=1)
+    axis.axhline(HOURS, color="black", linestyle="--", linewidth=1)
+    axis.set_title(budgets[0].experiment, fontsize=10)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.grid(True, which="major", color="#dddddd", linewidth=0.6)
+    axis.set_xticks(sorted({budget.gpus for budget in budgets}))
+    axis.xaxis.set_major_formatter("{x:.0f}")
+    axis.xaxis.set_minor_locator(_nowhere())
+    axis.yaxis.set_major_formatter("{x:g}")
+
+
+def _nowhere() -> Any:
+    from matplotlib.ticker import NullLocator
+
+    return NullLocator()
+
+
+def _label(figure: Any, axes: Any, panels: int) -> None:
+    """Axis labels at the outside, one legend for all panels."""
+    from matplotlib.lines import Line2D
+
+    handles, _ = axes.flat[0].get_legend_handles_labels()
+    handles.append(Line2D([], [], color="grey", linestyle=":", linewidth=1, label="floor"))
+    handles.append(
+        Line2D([], [], color="black", linestyle="--", linewidth=1, label=f"{HOURS:g} hours")
+    )
+    columns = axes.shape[1]
+    for index, axis in enumerate(axes.flat[:panels]):
+        if index % columns == 0:
+            axis.set_ylabel("hours")
+        if index + columns >= panels:
+            axis.set_xlabel("GPUs")
+            axis.tick_params(labelbottom=True)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)

@@ -13,12 +13,12 @@ from functools import partial
 from math import prod
 from typing import Any, Literal
 
+from fastgan_kernels.dispatch import twice_differentiable
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastgan.models.layers import Conv2d, GroupNorm
 from fastgan.models.unet_block import UNetBlock
-from kernels.dispatch import twice_differentiable
 
 Kind = Literal["convolution", "attention", "linear", "norm"]
 

@@ -27,15 +27,15 @@ from torch import Tensor, nn
 
 from fastgan import config as cfg
 from fastgan.checkpoint.network_file import load_network_file
-from fastgan.checks import existing
+from fastgan.common.noise import seeded
 from fastgan.discriminator.base import Discriminator
 from fastgan.discriminator.diffusion_features import DiffusionDiscriminator
 from fastgan.discriminator.projected import build_projected
+from fastgan.launch.checks import existing
 from fastgan.models import Precond, network_from_config
 from fastgan.models.freeze import freeze
+from fastgan.models.sampling import few_step
 from fastgan.performance.counts import Layer, layers_of
-from fastgan.sampling import few_step
-from fastgan.seeding import seeded
 
 Part = Literal["generator", "backbone", "mixing", "heads"]
 META = torch.device("meta")
@@ -133,7 +133,7 @@ def part_of(name: str) -> Part:
 def iteration_flop(config: cfg.TrainConfig, architecture: Mapping[str, Any] | None = None) -> float:
     """FLOP per image of an iteration of `config`, on its own schedule, R1 in its share.
 
-    `architecture`: the generator's, where it is known (fastgan.build.Model has it); otherwise
+    `architecture`: the generator's, where it is known (launch.build.Model has it); otherwise
     init.path's or init.network. Counted once per process. UserError where no network can be built.
     """
     return count_iteration(config, architecture).flop
@@ -167,7 +167,7 @@ def meta_networks(config: cfg.TrainConfig, architecture: Mapping[str, Any]) -> N
 
 
 def _discriminator(d: cfg.DiscriminatorConfig, generator: Precond) -> Discriminator:
-    """As fastgan.build makes it, with random weights instead of files."""
+    """As fastgan.launch.build makes it, with random weights instead of files."""
     label_dim = generator.label_dim
     if d.kind is cfg.DiscriminatorKind.projected:
         weights = dict.fromkeys(d.backbones, "random")

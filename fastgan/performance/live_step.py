@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgan import build
 from fastgan import config as cfg
 from fastgan.checkpoint.network_file import load_network_file
-from fastgan.checks import existing
-from fastgan.cli import compose
-from fastgan.distributed import World
-from fastgan.engine import make_step, prepare_process, step_settings
-from fastgan.errors import UserError
-from fastgan.models.published import PUBLISHED_NETWORKS
+from fastgan.common.distributed import World
+from fastgan.common.errors import UserError
+from fastgan.launch import build
+from fastgan.launch.checks import existing
+from fastgan.launch.cli import compose
+from fastgan.launch.engine import make_step, prepare_process, step_settings
+from fastgan.models.build import PUBLISHED_NETWORKS
 from fastgan.training.state import StepResult
 from fastgan.training.step import PlainStep
 
@@ -110,3 +110,43 @@ def _noise_for(config: cfg.TrainConfig) -> NoiseImages:
     shape = {k: architecture.get(k, d) for k, d in (("img_resolution", 32), ("img_channels", 3))}
     labels = architecture.get("label_dim") or 0
     return NoiseImages(config.batch, shape["img_resolution"], shape["img_channels"], labels)
+
+
+_BACKBONE = "mobilenetv2_050"
+_BATCH = 2
+_SMALL = {
+    "model_channels": 32,
+    # 64 channels at the bottom: less gives an ADM block no attention head.
+    "channel_mult": [1, 2],
+    "num_blocks": 1,
+    "attn_resolutions": [8],
+    "img_resolution": 16,
+    "img_channels": 3,
+}
+# Experiments whose network comes from a file that cannot be presumed here.
+_NARROW = {"cifar10_narrow": "cifar10_uncond"}
+
+
+def tiny_overrides(experiment: str) -> list[str]:
+    """Overrides for `measured_config`: a small network of the experiment's own kind (UNet type,
+    embedding, encoder, classes), one light backbone and a batch of 2; later overrides win.
+
+    An experiment whose network ships with the package keeps it, and its discriminator.
+    """
+    dataset = experiment.removesuffix("_f").removesuffix("_d2o")
+    published = PUBLISHED_NETWORKS.get(_NARROW.get(dataset, dataset))
+    if published is None:
+        return [f"batch={_BATCH}"]
+    return [
+        f"batch={_BATCH}",
+        f"discriminator.backbones=[{_BACKBONE}]",
+        "init.path=null",
+        f"init.network={_hydra({**published, **_SMALL})}",
+    ]
+
+
+def _hydra(value: Any) -> str:
+    """A value in the grammar of Hydra's command line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_hydra(entry)}" for key, entry in value.items()) + "}"
+    return str(value)

@@ -6,11 +6,17 @@ tensor cores. `measured_rates` reads what tools/gpu_report.py left in benchmarks
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgan.errors import UserError
+import torch
+
+from fastgan import config as cfg
+from fastgan.common.distributed import World
+from fastgan.common.errors import UserError
+from fastgan.performance.iteration import iteration_flop
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 GPUS_PER_NODE = 8
@@ -143,3 +149,20 @@ def _checked(content: dict[str, Any], path: Path) -> dict[str, float]:
             raise UserError(f"{key} is {value!r}, {path}, {low:g} to {high:g} expected")
         found[key] = float(value)
     return found
+
+
+def full_speed(
+    config: cfg.TrainConfig, architecture: Mapping[str, Any], world: World
+) -> float | None:
+    """Images per second at which every GPU would compute at its datasheet's bf16 rate.
+
+    Divides a measured speed into its MFU, of all processes together. None on a CPU and on GPUs
+    whose peak is not in `fastgan.performance.machines`.
+    """
+    if world.device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(world.device)
+    peaks = [machine.bf16_flop for machine in MACHINES if machine.chip == name]
+    if not peaks:
+        return None
+    return world.size * peaks[0] / iteration_flop(config, architecture)

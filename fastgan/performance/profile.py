@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from fastgan import checks
+from benchmarks.gpu_report.rates import product_rate
+from benchmarks.gpu_report.results import header, samples, write_json
 from fastgan import config as cfg
-from fastgan.errors import UserError
+from fastgan.common.errors import UserError
+from fastgan.launch import checks
 from fastgan.performance.iteration import iteration_flop
 from fastgan.performance.live_step import LiveStep, live_step
 from fastgan.performance.phases import marked_phases
 from fastgan.performance.profile_report import summary
-from fastgan.performance.report.rates import product_rate
-from fastgan.performance.report.results import header, samples, write_json
 from fastgan.performance.trace import WINDOW, read_events, timeline
-from fastgan.training.health import Skips
+from fastgan.training.monitor import Skips
 
 # Their trace still opens in a browser: an iteration of the largest network has some 1e5 events.
 PROFILED_ITERATIONS = 2

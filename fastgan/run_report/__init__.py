@@ -1,1 +1,1 @@
-"""One HTML page about a training run, with nothing outside of it."""
+"""One page about a run, made from its folder."""

@@ -1,7 +1,10 @@
 """The page: what of a run goes where, and the file it is written to."""
 
+import json
+import math
 import time
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -9,21 +12,12 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from fastgan.errors import UserError, shown
+from fastgan.common.errors import UserError, shown
+from fastgan.common.files import replace_atomically
 from fastgan.evaluation.protocol import versions
-from fastgan.files import replace_atomically
-from fastgan.run_report.compare import (
-    MOST_RUNS,
-    best_words,
-    differing_settings,
-    names_of,
-    side_by_side,
-)
-from fastgan.run_report.curves import curves, draw
-from fastgan.run_report.healthy import charts, undecided
+from fastgan.run_report.curves import charts, curves, draw, undecided
 from fastgan.run_report.run import Run, read_run, sample_numbers, sample_uri
 from fastgan.run_report.statistics import MEMORY, METRIC, MFU, SPEED, Statistics
-from fastgan.run_report.words import duration, moment, number, thousands
 
 NAME = "report.html"
 _TEMPLATE = "page.html.j2"
@@ -180,3 +174,87 @@ def _notes(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
 
 def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
+MOST_RUNS = 6
+ABSENT = "absent"
+_MOST_TEXT = 200
+
+Row = tuple[str, list[str]]
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """The folders' names, with as many of the folders around them as tell all of them apart."""
+    parts = [run.path.resolve().parts for run in runs]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-depth:]) for each in parts]
+        if len(set(names)) == len(names):
+            break
+    return [shown(name) for name in names]
+
+
+def differing_settings(configs: Sequence[dict[str, Any]]) -> list[Row]:
+    """Dotted keys whose values are not the same in all configurations, except run_dir."""
+    flat = [_flat(config) for config in configs]
+    keys = sorted({key for settings in flat for key in settings} - {"run_dir"})
+    rows = [(shown(key), [settings.get(key, ABSENT) for settings in flat]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def side_by_side(runs: Sequence[Run]) -> list[Row]:
+    """How each run stands, in rows: state, images, best of every metric, speed."""
+    metrics = list(dict.fromkeys(key for run in runs for key in run.statistics.metrics))
+    rows = [
+        ("state", [run.state.status if run.state else "not known" for run in runs]),
+        ("images", [f"{run.nimg:,}" for run in runs]),
+    ]
+    rows += [
+        (f"best {shown(key.removeprefix(METRIC))}", [best_words(run, key) for run in runs])
+        for key in metrics
+    ]
+    speeds = [number(run.statistics.median(SPEED)) for run in runs]
+    return [*rows, ("median img/s", speeds)]
+
+
+def best_words(run: Run, metric: str) -> str:
+    """`1.54 at 40.0 thousand images`."""
+    best = run.statistics.best(metric)
+    return f"{number(best[0])} at {thousands(best[1])} thousand images" if best else "-"
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            found |= _flat(value, f"{name}.")
+        else:
+            found[name] = shown(json.dumps(value, default=str), _MOST_TEXT)
+    return found
+
+
+def number(value: float | None) -> str:
+    """Four digits; whole above a thousand; a dash for what is not known."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+
+
+def thousands(kimg: float) -> str:
+    """Thousands of images: 40.064 -> 40.1."""
+    return f"{kimg:,.1f}" if kimg < 1e12 else f"{kimg:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """The two largest units: 3 d 4 h, 2 h 05 min, 3 min 20 s, 20 s."""
+    s = round(seconds)
+    if s >= 86_400:
+        return f"{s // 86_400:,} d {s % 86_400 // 3600} h"
+    if s >= 3600:
+        return f"{s // 3600} h {s % 3600 // 60:02} min"
+    return f"{s // 60} min {s % 60:02} s" if s >= 60 else f"{s} s"
+
+
+def moment(timestamp: float) -> str:
+    """Seconds since 1970 (before the year 10000) as 2026-01-31 12:00 UTC."""
+    return datetime.fromtimestamp(timestamp, UTC).strftime("%Y-%m-%d %H:%M UTC")

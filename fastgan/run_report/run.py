@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgan import checks
 from fastgan.checkpoint.store import EMA, META
+from fastgan.common.errors import UserError, shown
+from fastgan.common.files import parse_object
 from fastgan.data.decode import open_image
-from fastgan.errors import UserError, shown
-from fastgan.json_object import parse_object
-from fastgan.run_dir import CONFIG, read_config
-from fastgan.run_report.folder import RunFolder
-from fastgan.run_report.statistics import FILE, KIMG, Statistics, read_statistics
-from fastgan.run_state import STATE, RunState, read_state
+from fastgan.launch import checks
+from fastgan.launch.run_dir import CONFIG, read_config
+from fastgan.run_report.statistics import FILE, KIMG, RunFolder, Statistics, read_statistics
+from fastgan.training.resume import STATE, RunState, read_state
 
 LOG = "log.txt"
 MOST_WARNINGS = 100

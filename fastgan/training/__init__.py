@@ -1,0 +1,1 @@
+"""The method: one iteration, its losses and updates, and the loop around it."""

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgan.common.distributed import World, main_first
 from fastgan.discriminator.base import Discriminator
-from fastgan.distributed import World, main_first
 from fastgan.models import Precond
 from fastgan.models.layers import cast_frozen
-from fastgan.sampling import few_step
-from fastgan.training.ema import averaged_copy
+from fastgan.models.sampling import few_step
 from fastgan.training.state import StepResult
 from fastgan.training.step import Graphed, PlainStep, StepSettings
+from fastgan.training.updater import averaged_copy
 
 # A branch's in a run: fakes in G's phase and in D's, and reals, which may be laid out otherwise; as
 # many to spare.

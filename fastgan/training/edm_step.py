@@ -6,21 +6,21 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastgan.distributed import World
+from fastgan.common.distributed import World
+from fastgan.common.noise import global_stream, normal, stream
 from fastgan.models import Precond
-from fastgan.noise import global_stream, normal, stream
 from fastgan.training import losses
-from fastgan.training.ema import ema_beta, update_ema
-from fastgan.training.rounds import rounds, take
 from fastgan.training.state import (
     StepResult,
     checksum,
     load_trainable,
     part_of,
     prefixed,
+    rounds,
+    take,
     trainable,
 )
-from fastgan.training.updater import Updater
+from fastgan.training.updater import Updater, ema_beta, update_ema
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The training loop: counts images, reports, saves, evaluates. The mathematics is in the step."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -9,18 +10,22 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastgan.checkpoint.store import Checkpoint
-from fastgan.checkpoint.writer import CheckpointWriter
-from fastgan.distributed import World, all_reduce_sum, barrier, same_everywhere
-from fastgan.errors import UserError, one_line
-from fastgan.files import sweep
+from fastgan.checkpoint.store import Checkpoint, CheckpointWriter, save_checkpoint
+from fastgan.common.distributed import World, all_reduce_sum, barrier, same_everywhere
+from fastgan.common.errors import UserError, one_line
+from fastgan.common.files import replace_atomically, sweep
 from fastgan.models import Precond
-from fastgan.training.dump import dump
-from fastgan.training.health import DIVERGED, MAX_SKIPPED, Diverged, Health, Skips
-from fastgan.training.monitor import Averages, Monitor
-from fastgan.training.resume import how_it_ended, resume
+from fastgan.training.monitor import (
+    DIVERGED,
+    MAX_SKIPPED,
+    Averages,
+    Diverged,
+    Health,
+    Monitor,
+    Skips,
+)
+from fastgan.training.resume import PREEMPTED, Preempted, StopRequest, how_it_ended, resume
 from fastgan.training.state import StepResult
-from fastgan.training.stop import PREEMPTED, Preempted, StopRequest
 
 
 class Step(Protocol):
@@ -192,3 +197,28 @@ def _mean_over_processes(means: dict[str, float], world: World) -> dict[str, flo
         return means
     values = torch.tensor(list(means.values()), dtype=torch.float64)
     return dict(zip(means, (all_reduce_sum(values) / world.size).tolist(), strict=True))
+
+
+FOLDER = "diverged"
+
+
+def dump(
+    run_dir: Path, state: Checkpoint, means: dict[str, float], blamed: dict[str, list[str]]
+) -> Path:
+    """Writes `diverged/`: the state as a checkpoint of its own, and why.json; returns the folder.
+
+    Iterations depend on the state and their number alone, so that the next one, on this state,
+    fails again. `means` are the last tick's; `blamed` names the parameters, by network, whose
+    gradients were not finite.
+    """
+    folder = run_dir / FOLDER
+    save_checkpoint(folder, state, keep=1)
+    why = {
+        "nimg": state.nimg,
+        "iteration": state.iteration,
+        "not_finite": blamed,
+        "means": {name: repr(value) for name, value in means.items()},
+    }
+    with replace_atomically(folder / "why.json") as file:
+        file.write((json.dumps(why, indent=2) + "\n").encode())
+    return folder

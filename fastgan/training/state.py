@@ -1,12 +1,12 @@
 """What an iteration reports, and the training state by name as checkpoints hold it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from fastgan.errors import UserError
+from fastgan.common.errors import UserError
 
 
 @dataclass
@@ -59,3 +59,14 @@ def load_trainable(module: nn.Module, saved: Mapping[str, Tensor], what: str) ->
         )
     for name, parameter in own.items():
         parameter.copy_(saved[name])
+
+
+def rounds(n: int, size: int) -> Iterator[slice]:
+    """Slices that cover n images, `size` at a time."""
+    assert n % size == 0
+    return (slice(start, start + size) for start in range(0, n, size))
+
+
+def take(labels: Tensor | None, part: slice) -> Tensor | None:
+    """The labels of one round, if there are labels."""
+    return None if labels is None else labels[part]

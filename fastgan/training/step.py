@@ -12,28 +12,28 @@ from functools import partial
 from typing import Literal
 
 import torch
+from fastgan_kernels.dispatch import twice_differentiable
+from fastgan_kernels.frozen_conv import FrozenConvolutions
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastgan.common.distributed import World
+from fastgan.common.noise import normal, reseed
 from fastgan.discriminator.base import Discriminator
-from fastgan.distributed import World
 from fastgan.models import Precond
-from fastgan.noise import normal, reseed
-from fastgan.sampling import few_step
+from fastgan.models.sampling import few_step
 from fastgan.training import losses
-from fastgan.training.ema import ema_beta, update_ema
-from fastgan.training.rounds import rounds, take
 from fastgan.training.state import (
     StepResult,
     checksum,
     load_trainable,
     part_of,
     prefixed,
+    rounds,
+    take,
     trainable,
 )
-from fastgan.training.updater import Adam, NonFinite, Updater, linear_decay
-from kernels.dispatch import twice_differentiable
-from kernels.frozen_conv_twice import FrozenConvolutions
+from fastgan.training.updater import Adam, NonFinite, Updater, ema_beta, linear_decay, update_ema
 
 # What each feature network of D shows its heads of some images.
 Features = list[list[Tensor]]

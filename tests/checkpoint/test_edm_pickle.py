@@ -24,12 +24,11 @@ from edm_writer import (
 )
 
 from fastgan.checkpoint import edm_pickle, inert_pickle
-from fastgan.checkpoint.edm_arguments import architecture
 from fastgan.checkpoint.edm_pickle import read_edm_pickle
-from fastgan.checkpoint.edm_records import PERSISTENT, read_tensors
+from fastgan.checkpoint.edm_records import PERSISTENT, architecture, read_tensors
 from fastgan.checkpoint.inert_pickle import Record
 from fastgan.checkpoint.network_file import require_fit
-from fastgan.errors import UserError
+from fastgan.common.errors import UserError
 from fastgan.models import network_from_config
 
 TINY = {

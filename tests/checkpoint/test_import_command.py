@@ -12,7 +12,7 @@ from test_edm_pickle import TINY, tiny_tree
 
 from fastgan.checkpoint.edm_pickle import import_edm, read_edm_pickle
 from fastgan.checkpoint.network_file import load_network_file
-from fastgan.errors import UserError
+from fastgan.common.errors import UserError
 
 TOOL = Path(__file__).parents[2] / "tools" / "import_edm.py"
 

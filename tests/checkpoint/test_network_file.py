@@ -17,7 +17,7 @@ from fastgan.checkpoint.network_file import (
     require_fit,
     save_network,
 )
-from fastgan.errors import UserError
+from fastgan.common.errors import UserError
 
 GOOD = {
     "format": "fastgan-network",

@@ -16,7 +16,7 @@ from fastgan.checkpoint.store import (
     load_checkpoint,
     save_checkpoint,
 )
-from fastgan.errors import UserError
+from fastgan.common.errors import UserError
 from tests.conftest import TINY, live_network
 
 AVERAGE = live_network(TINY).state_dict()

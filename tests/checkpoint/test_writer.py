@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgan.checkpoint import writer as module
-from fastgan.checkpoint.store import Checkpoint, load_checkpoint
-from fastgan.checkpoint.writer import CheckpointWriter
-from fastgan.errors import UserError
+from fastgan.checkpoint import store as module
+from fastgan.checkpoint.store import Checkpoint, CheckpointWriter, load_checkpoint
+from fastgan.common.errors import UserError
 from tests.conftest import TINY, live_network
 
 AVERAGE = live_network(TINY).state_dict()

@@ -8,7 +8,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from fastgan.data import open_dataset
-from fastgan.data.digits import Digits, Split
+from fastgan.data.dataset import Digits, Split
 
 SIZES = {"train": 997, "val": 400, "test": 400}
 # sha256 of the bytes of images and labels; another Pillow or scikit-learn must not move them.

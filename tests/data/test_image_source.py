@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastgan.common.errors import UserError
 from fastgan.data import open_dataset
 from fastgan.data.labels import has_class_folders
-from fastgan.errors import UserError
 
 RNG = np.random.default_rng(7)
 COLOUR = RNG.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)

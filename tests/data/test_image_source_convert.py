@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastgan.common.errors import UserError
 from fastgan.data import open_dataset
-from fastgan.data.convert import Conversion, convert, entry_name
-from fastgan.data.transforms import TRANSFORMS
-from fastgan.errors import UserError
+from fastgan.data.convert import TRANSFORMS, Conversion, convert, entry_name
 
 RNG = np.random.default_rng(13)
 

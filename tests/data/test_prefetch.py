@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from fastgan.common.errors import UserError
 from fastgan.data import open_dataset
-from fastgan.data.prefetch import Ahead, Prefetched
-from fastgan.errors import UserError
+from fastgan.data.batches import Ahead, Prefetched
 from tests.data.test_resident import CPU, PIXELS, image_zip
 
 

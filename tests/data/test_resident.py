@@ -14,13 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgan import build, checks, run_dir
 from fastgan import config as cfg
-from fastgan.data import open_dataset, resident
+from fastgan.common.distributed import World
+from fastgan.common.errors import UserError
+from fastgan.common.noise import batch_indices
+from fastgan.data import batches as resident
+from fastgan.data import open_dataset
 from fastgan.data.dataset import subset_indices
-from fastgan.data.sampler import batch_indices
-from fastgan.distributed import World
-from fastgan.errors import UserError
+from fastgan.launch import build, checks, run_dir
 from tests.command_line import CommandLine, network_file
 from tests.processes import two_processes
 
@@ -309,7 +310,7 @@ def worker() -> None:
 
     import torch.distributed as dist
 
-    from fastgan import distributed
+    from fastgan.common import distributed
 
     world = distributed.init("cpu", 60)
     for way in WAYS:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgan.data.sampler import batch_indices
+from fastgan.common.noise import batch_indices
 
 
 def batch(k: int, n: int = 10, size: int = 4, seed: int = 1, **place: int) -> np.ndarray:

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastgan.common.errors import UserError
 from fastgan.data import open_dataset
-from fastgan.errors import UserError
 
 PIXELS = np.random.default_rng(3).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
 

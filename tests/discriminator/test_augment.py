@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastgan.common.errors import UserError
 from fastgan.discriminator.augment import (
     POLICIES,
     brightness,
@@ -13,7 +14,6 @@ from fastgan.discriminator.augment import (
     saturation,
     translation,
 )
-from fastgan.errors import UserError
 
 ALL = ("color", "translation", "cutout")
 

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastgan.common.errors import UserError
+from fastgan.common.libraries import import_timm, import_torchvision
 from fastgan.discriminator.backbones import load_backbone
-from fastgan.errors import UserError
-from fastgan.vision import import_timm, import_torchvision
 
 # Real weights, where they are at hand.
 MOBILENET = (

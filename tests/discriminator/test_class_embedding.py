@@ -13,14 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from fastgan.common.errors import UserError
+from fastgan.common.libraries import import_timm
 from fastgan.discriminator.backbones import load_backbone
 from fastgan.discriminator.class_embedding import (
     class_means,
     load_class_embedding,
     save_class_embedding,
 )
-from fastgan.errors import UserError
-from fastgan.vision import import_timm
 
 
 class Toy:

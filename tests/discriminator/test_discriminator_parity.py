@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastgan.discriminator.parity import check_discriminator
-from fastgan.errors import UserError
+from fastgan.common.errors import UserError
+from tools.parity import check_discriminator
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOY = GOLDEN / "projected_discriminator_toy.npz"

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fastgan.common.errors import UserError
 from fastgan.discriminator.projected import build_projected
-from fastgan.errors import UserError
 
 TINY = "test_efficientnet"
 RANDOM = {TINY: "random", "test_vit": "random"}

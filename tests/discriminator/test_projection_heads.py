@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fastgan.common.noise import seeded
 from fastgan.discriminator.heads import ConditionalPatchHead, PatchHead
-from fastgan.discriminator.projection import RandomProjection
-from fastgan.seeding import seeded
+from fastgan.discriminator.projected import RandomProjection
 
 
 def features(n: int = 1) -> list[torch.Tensor]:

@@ -6,16 +6,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastgan.cli import packaged_file
-from fastgan.data.digits import Digits
-from fastgan.errors import UserError
-from fastgan.evaluation.digit_classifier import (
+from fastgan.common.errors import UserError
+from fastgan.data.dataset import Digits
+from fastgan.evaluation.classifiers import (
     DigitClassifier,
     accuracy,
     load_classifier,
     save_classifier,
     train_classifier,
 )
+from fastgan.launch.cli import packaged_file
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.decomposition import PCA
 
-from fastgan.errors import UserError
-from fastgan.evaluation.cifar_resnet import CifarResNet
-from fastgan.evaluation.digit_classifier import DigitClassifier, save_classifier
+from fastgan.common.errors import UserError
+from fastgan.common.files import file_sha256
+from fastgan.common.libraries import import_timm, import_torchvision
+from fastgan.evaluation.classifiers import CifarResNet, DigitClassifier, save_classifier
 from fastgan.evaluation.extractors import load_extractor
-from fastgan.evaluation.inception import FILE_NAME
-from fastgan.evaluation.pca import PixelPca
-from fastgan.files import file_sha256
-from fastgan.vision import import_timm, import_torchvision
+from fastgan.evaluation.features import PixelPca
+from fastgan.evaluation.networks import FILE_NAME
 
 
 def _images(n: int, channels: int = 3, size: int = 32, seed: int = 0) -> torch.Tensor:

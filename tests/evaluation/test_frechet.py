@@ -5,9 +5,9 @@ import pytest
 import scipy.linalg
 import torch
 
-from fastgan.errors import UserError
+from fastgan.common.errors import UserError
+from fastgan.common.libraries import import_torchvision
 from fastgan.evaluation.frechet import FeatureStatistics, frechet_distance
-from fastgan.vision import import_torchvision
 
 
 def _features(n: int, dim: int, seed: int, mean: float = 0.0) -> torch.Tensor:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastgan.errors import UserError
-from fastgan.evaluation.frechet import Statistics
-from fastgan.evaluation.pca import PixelPca
+from fastgan.common.errors import UserError
+from fastgan.evaluation.features import PixelPca
+from fastgan.evaluation.frechet import Statistics, write_statistics
 from fastgan.evaluation.protocol import (
     dataset_statistics,
     describe_integers,
@@ -20,7 +20,6 @@ from fastgan.evaluation.protocol import (
     npz_statistics,
     score,
 )
-from fastgan.evaluation.references import write_statistics
 
 
 class Dataset:

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from fastgan.errors import UserError
-from fastgan.evaluation.frechet import Statistics
-from fastgan.evaluation.references import (
+from fastgan.common.errors import UserError
+from fastgan.common.files import replace_atomically
+from fastgan.evaluation.frechet import (
+    Statistics,
     count_images,
     entries,
     read_images,
     read_statistics,
     write_statistics,
 )
-from fastgan.files import replace_atomically
 
 
 def _statistics(dim: int = 5) -> Statistics:

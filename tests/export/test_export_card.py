@@ -9,10 +9,9 @@ import pytest
 
 from fastgan.checkpoint.network_file import load_network_file
 from fastgan.checkpoint.store import Checkpoint, save_checkpoint
-from fastgan.errors import UserError
-from fastgan.export.card import LICENSES
-from fastgan.export.markdown import code, leaves, listed
-from fastgan.export.numbers import read_result
+from fastgan.common.errors import UserError
+from fastgan.export.card import LICENSES, code, leaves, listed
+from fastgan.export.command import read_result
 from fastgan.models import network_from_config
 from tests.conftest import TINY
 from tests.export.exporting import checkpoint, exported, result_file

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fastgan import build
 from fastgan import config as cfg
 from fastgan.checkpoint.network_file import load_network_file
+from fastgan.common.errors import UserError
 from fastgan.data import open_dataset
-from fastgan.errors import UserError
 from fastgan.export import command as exporting
-from fastgan.export.pictures import _class_of_row, difference
+from fastgan.export.card import _class_of_row, difference
+from fastgan.launch import build
 from tests.command_line import CommandLine
 from tests.export.exporting import NCSNPP, checkpoint, exported, result_file
 

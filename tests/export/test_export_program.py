@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from fastgan_kernels import dispatch, runtime
 
-from fastgan import build
 from fastgan import config as cfg
-from fastgan.errors import UserError
+from fastgan.common.errors import UserError
 from fastgan.export.program import check_program, write_program
-from kernels import dispatch, runtime
+from fastgan.launch import build
 from tests.export.exporting import NCSNPP, checkpoint, exported
 
 ROOT = Path(__file__).parents[2]

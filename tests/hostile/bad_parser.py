@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from fastgan.errors import UserError
+from fastgan.common.errors import UserError
 from tests.hostile.harness import Case, Suite
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from fastgan.errors import UserError
+from fastgan.common.errors import UserError
 from tests.hostile.watch import ROOT, install_audit, watched
 
 MAX_CPU_SECONDS = 2.0

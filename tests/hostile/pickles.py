@@ -69,7 +69,8 @@ GLOBALS = [
     "dnnlib.util.open_url", "dnnlib.util.call_func_by_name", "dnnlib.util.EasyDict.x",
     "torch_utils.persistence.import_hook", "torch_utils.persistence._reconstruct_persistent_obj.x",
     "torch_utils.misc.profiled_function", "_codecs.lookup", "_codecs.register", "codecs.open",
-    "fastgan.errors.fail", "fastgan.files.replace_atomically", "__main__.main", "antigravity.x",
+    "fastgan.common.errors.fail", "fastgan.common.files.replace_atomically", "__main__.main",
+    "antigravity.x",
     "this.s", "", ".", "..", "os", "a" * 10_000 + ".b", "\x1b[31m.x", "torch.nn.modules\x1b[2J.x",
 ]  # fmt: skip
 

@@ -6,9 +6,9 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgan import checks, run
 from fastgan import config as cfg
-from fastgan.cli import compose
+from fastgan.launch import checks, run
+from fastgan.launch.cli import compose
 from tests.hostile.damage import damaged
 from tests.hostile.harness import Case, Suite, assert_harmless
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from fastgan import config as cfg
-from fastgan.run_dir import open_run_dir
+from fastgan.launch.run_dir import open_run_dir
 from tests.hostile.damage import damaged
 from tests.hostile.harness import Case, Suite, assert_harmless
 

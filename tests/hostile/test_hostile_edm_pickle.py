@@ -14,8 +14,8 @@ import torch
 
 from fastgan.checkpoint.edm_pickle import import_edm
 from fastgan.checkpoint.network_file import load_network_file
+from fastgan.common.noise import seeded
 from fastgan.models import network_from_config
-from fastgan.seeding import seeded
 from tests.checkpoint.edm_writer import Call, edm_root, module_tree, write_pickle
 from tests.hostile.damage import damaged
 from tests.hostile.harness import Case, Suite, assert_harmless

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save
 
 from fastgan.checkpoint.network_file import load_network_file, network_from_file
+from fastgan.common.noise import seeded
 from fastgan.models import network_from_config
-from fastgan.seeding import seeded
 from tests.hostile.damage import damaged
 from tests.hostile.harness import Case, Suite, assert_harmless
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastgan.evaluation.references import count_images, entries, read_images, read_statistics
+from fastgan.evaluation.frechet import count_images, entries, read_images, read_statistics
 from tests.hostile.damage import damaged
 from tests.hostile.harness import Case, Suite, assert_harmless
 from tests.hostile.zips import DEFLATED, Entry, archive, changed, false_indices, lies

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from fastgan_kernels import dispatch
 
-from fastgan.precision import strict_within
-from kernels import dispatch
+from fastgan.common.precision import strict_within
 
 # Several processes (pytest-xdist) replace one that ends.
 WORKER = "PYTEST_XDIST_WORKER"

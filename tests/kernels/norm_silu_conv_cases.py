@@ -3,11 +3,10 @@
 from collections.abc import Callable
 
 import torch
+from fastgan_kernels import dispatch
+from fastgan_kernels.norm_silu_conv import norm_silu_conv, norm_silu_conv_ref
 from oracle import DEVICE, assert_as_accurate, gradients
 from torch import Tensor
-
-from kernels import dispatch
-from kernels.norm_silu_conv import norm_silu_conv, norm_silu_conv_ref
 
 ALL = "pre_shift scale shift residual"
 FROZEN = ("weight", "bias")

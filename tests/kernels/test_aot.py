@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from kernels import aot_builds
-from kernels.aot import Row, problems
-from kernels.aot_builds import builds
-from kernels.shapes import NETWORKS, Norm
+from fastgan_kernels.aot import builds as aot_builds
+from fastgan_kernels.aot.__main__ import Row, problems
+from fastgan_kernels.aot.builds import builds
+from fastgan_kernels.aot.shapes import NETWORKS, Norm
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = Row(
@@ -37,7 +36,7 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     """In a process of its own: here the kernels are the interpreter's."""
     without = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, "-m", "kernels.aot", *arguments],
+        [sys.executable, "-m", "fastgan_kernels.aot", *arguments],
         capture_output=True,
         text=True,
         env=without | environment,
@@ -161,7 +160,7 @@ import sys
 sys.path.insert(0, "tests/kernels")
 import torch
 from kernels import aot, aot_builds, runtime
-from kernels.norm_silu_triton import group_norm_silu_backward, group_norm_silu_forward
+from fastgan_kernels.norm_silu.device import group_norm_silu_backward, group_norm_silu_forward
 from test_norm_silu import SHAPES
 
 done = set()

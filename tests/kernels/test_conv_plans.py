@@ -5,12 +5,10 @@ from itertools import product
 
 import pytest
 import torch
-from norm_silu_conv_cases import check, make
-from oracle import DEVICE
-from torch import Tensor
-
-from kernels import dispatch, norm_silu_conv_launch
-from kernels.conv_plans import (
+from fastgan_kernels import dispatch
+from fastgan_kernels.norm_silu_conv import launch as norm_silu_conv_launch
+from fastgan_kernels.norm_silu_conv import norm_silu_conv
+from fastgan_kernels.norm_silu_conv.plans import (
     DIRECTIONS,
     LIBRARY,
     Direction,
@@ -19,9 +17,13 @@ from kernels.conv_plans import (
     candidates,
     fitted,
 )
-from kernels.norm_silu_conv import norm_silu_conv
+from norm_silu_conv_cases import check, make
+from oracle import DEVICE
+from torch import Tensor
 
-MODULE = import_module("kernels.norm_silu_conv")  # its name in the package is the function's
+MODULE = import_module(
+    "fastgan_kernels.norm_silu_conv"
+)  # its name in the package is the function's
 
 
 @pytest.fixture(autouse=True)

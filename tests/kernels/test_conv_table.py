@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from kernels import conv_table, dispatch
-from kernels.conv_plans import LIBRARY, Plan, Shape, candidates, fitted
-from kernels.conv_table import Entry, plan_for
+from fastgan_kernels import dispatch
+from fastgan_kernels.norm_silu_conv import table as conv_table
+from fastgan_kernels.norm_silu_conv.plans import LIBRARY, Plan, Shape, candidates, fitted
+from fastgan_kernels.norm_silu_conv.table import Entry, plan_for
 
 SHAPE = Shape(256, 128, 32, 32, 3)
 PLAN = Plan("fused", 128, 256, 32, 8, 3, tanh=True)
@@ -68,7 +68,7 @@ def test_a_damaged_table_is_named_in_one_line(damage, tmp_path: Path) -> None:
     file.write_text(damage(file.read_text()))
     with pytest.raises(ValueError, match=r"not a table of plans .*sm_80\.json") as error:
         conv_table.read(file)
-    assert "\n" not in str(error.value) and "python -m kernels.tune" in str(error.value)
+    assert "\n" not in str(error.value) and "python -m fastgan_kernels.tune" in str(error.value)
 
 
 @pytest.mark.parametrize(("us", "wins"), [(99.9, True), (100.0, False), (100.1, False)])

@@ -8,9 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from kernels import conv_table, dispatch
-from kernels.dispatch import IMPLEMENTATIONS, choose, implementation, twice_differentiable, use
+from fastgan_kernels import dispatch
+from fastgan_kernels.dispatch import (
+    IMPLEMENTATIONS,
+    choose,
+    implementation,
+    twice_differentiable,
+    use,
+)
+from fastgan_kernels.norm_silu_conv import table as conv_table
 
 ROOT = Path(__file__).resolve().parents[2]
 FOUND_OUT = (
@@ -35,7 +41,7 @@ def fresh() -> Iterator[None]:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     """An NVIDIA GPU of sm_90 on which nothing was measured, as far as the choice can see."""
-    monkeypatch.setattr("kernels.runtime.INTERPRETED", False)
+    monkeypatch.setattr("fastgan_kernels.runtime.INTERPRETED", False)
     monkeypatch.setattr(conv_table, "FOLDER", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
@@ -90,7 +96,7 @@ def test_rocm_falls_back(gpu: pytest.MonkeyPatch) -> None:
 
 
 def test_without_triton(gpu: pytest.MonkeyPatch) -> None:
-    gpu.setattr("kernels.runtime.HAS_TRITON", False)
+    gpu.setattr("fastgan_kernels.runtime.HAS_TRITON", False)
     with pytest.warns(UserWarning, match="triton is not installed"):
         assert choose("group_norm_silu", "cuda", torch.bfloat16).implementation == "library"
     use("triton")

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from fastgan_kernels import dispatch
+from fastgan_kernels import frozen_block as frozen_block_passes
+from fastgan_kernels.attention import Attention, Conv, Norm, attention_ref
+from fastgan_kernels.frozen_block import frozen_unet_block, frozen_unet_block_ref
+from fastgan_kernels.norm_silu_conv.plans import LIBRARY, Plan, Shape
+from fastgan_kernels.runtime import recording
 from oracle import DEVICE, assert_as_accurate, gradients
 from torch import Tensor
 
-from kernels import dispatch, frozen_block_passes
-from kernels.attention import Attention, Conv, Norm, attention_ref
-from kernels.conv_plans import LIBRARY, Plan, Shape
-from kernels.frozen_block import frozen_unet_block, frozen_unet_block_ref
-from kernels.runtime import recording
 from tests.kept_bytes import kept_bytes
 
 
@@ -283,7 +284,7 @@ def test_attention_of_one_head_by_hand() -> None:
 
 @pytest.mark.parametrize("name", ["NCSN++ up", "ADM"])
 def test_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import kernels.frozen_block as module
+    import fastgan_kernels.frozen_block as module
 
     seen: list[tuple] = []
 

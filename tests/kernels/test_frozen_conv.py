@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from fastgan_kernels import dispatch
+from fastgan_kernels.frozen_conv import flip_weight, frozen_conv2d
 from oracle import DEVICE, assert_as_accurate, gradients
 from torch import Tensor
 from torch.nn import functional as F
-
-from kernels import dispatch
-from kernels.frozen_conv import flip_weight, frozen_conv2d
 
 # N, Cin, Cout, H, W, k, stride, padding
 SHAPES = {

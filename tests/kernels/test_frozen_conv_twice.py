@@ -2,11 +2,10 @@
 
 import pytest
 import torch
+from fastgan_kernels.frozen_conv import FrozenConvolutions
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from kernels.frozen_conv_twice import FrozenConvolutions
 
 CASES = {
     "plain": (nn.Conv2d, {"padding": 1}),

@@ -4,11 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from fastgan_kernels import dispatch, norm_silu
+from fastgan_kernels.norm_silu import group_norm_silu, group_norm_silu_ref
 from oracle import DEVICE, DTYPES, assert_as_accurate, gradients
 from torch import Tensor
-
-from kernels import dispatch, norm_silu
-from kernels.norm_silu import group_norm_silu, group_norm_silu_ref
 
 # N, C, H, W, groups: the published networks' kinds of groups, scaled down, then the nasty ones.
 SHAPES = {
@@ -240,7 +239,7 @@ def test_bad_input_is_named(change: dict, message: str) -> None:
 
 
 def test_cpu_tensors_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kernels.runtime.INTERPRETED", False)
+    monkeypatch.setattr("fastgan_kernels.runtime.INTERPRETED", False)
     with pytest.raises(ValueError, match="CPU tensors need TRITON_INTERPRET=1"):
         group_norm_silu(torch.zeros(2, 24, 4, 4), 4)
     dispatch.use("auto")

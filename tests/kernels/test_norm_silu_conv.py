@@ -5,17 +5,17 @@ from importlib import import_module
 
 import pytest
 import torch
-from norm_silu_conv_cases import ALL, FROZEN, check, make, run
-from oracle import DEVICE, DTYPES, assert_as_accurate
-from torch import Tensor
-
-from kernels import dispatch, norm_silu_conv_launch
-from kernels.norm_silu_conv import (
+from fastgan_kernels import dispatch
+from fastgan_kernels.norm_silu_conv import (
     group_statistics_ref,
     norm_silu_conv,
     norm_silu_conv_ref,
     norm_silu_conv_statistics,
 )
+from fastgan_kernels.norm_silu_conv import launch as norm_silu_conv_launch
+from norm_silu_conv_cases import ALL, FROZEN, check, make, run
+from oracle import DEVICE, DTYPES, assert_as_accurate
+from torch import Tensor
 
 # N, Cin, Cout, H, W, kernel, groups, groups of the result: the published networks' kinds, scaled
 # down, then the nasty ones.
@@ -37,7 +37,9 @@ SHAPES = {
     "one row": (1, 8, 4, 1, 9, 3, 2, 2),
 }
 FEATURES = {"plain": "", "song": "pre_shift residual", "adm": "scale shift residual", "all": ALL}
-MODULE = import_module("kernels.norm_silu_conv")  # its name in the package is the function's
+MODULE = import_module(
+    "fastgan_kernels.norm_silu_conv"
+)  # its name in the package is the function's
 
 
 @pytest.fixture(autouse=True)

@@ -5,14 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fastgan_kernels import runtime
+from fastgan_kernels.aot.shapes import NETWORKS, Norm
+from fastgan_kernels.norm_silu import device as norm_silu_triton
+from fastgan_kernels.norm_silu import group_norm_silu
+from fastgan_kernels.norm_silu.device import group_norm_silu_backward, group_norm_silu_forward
+from fastgan_kernels.norm_silu.tiles import Chip, Plan, chunks, plan
 from test_norm_silu import check, make, run
 from torch import Tensor
-
-from kernels import norm_silu_triton, runtime
-from kernels.norm_silu import group_norm_silu
-from kernels.norm_silu_tiles import Chip, Plan, chunks, plan
-from kernels.norm_silu_triton import group_norm_silu_backward, group_norm_silu_forward
-from kernels.shapes import NETWORKS, Norm
 
 L1_BYTES = 192 * 1024
 CHIPS = {"A100": Chip(108, 40 * 2**20), "H100, H200": Chip(132, 50 * 2**20)}

@@ -6,13 +6,13 @@ from types import ModuleType
 
 import pytest
 import torch
+from fastgan_kernels import dispatch
+from fastgan_kernels import dispatch as optional
+from fastgan_kernels.attention import Attention, Conv, Norm, _dense_heads, self_attention
+from fastgan_kernels.norm_silu import group_norm_silu, group_norm_silu_ref
 from oracle import DEVICE, assert_as_accurate
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from kernels import dispatch, optional
-from kernels.attention import Attention, Conv, Norm, _dense_heads, self_attention
-from kernels.norm_silu import group_norm_silu, group_norm_silu_ref
 
 
 def require(name: str) -> None:

@@ -4,13 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from fastgan_kernels import dispatch
+from fastgan_kernels.resample import resample2x, resample2x_ref
 from oracle import DEVICE, DTYPES, assert_as_accurate, gradients
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from kernels import dispatch
-from kernels.resample import resample2x, resample2x_ref
 
 # N, C, H, W
 SHAPES = {

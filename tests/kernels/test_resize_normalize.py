@@ -6,12 +6,11 @@ from math import nan
 
 import pytest
 import torch
+from fastgan_kernels import dispatch
+from fastgan_kernels.resize_normalize import resize_normalize, resize_normalize_ref
 from oracle import DEVICE, DTYPES, assert_as_accurate, gradients
 from torch import Tensor
 from torch.nn import functional as F
-
-from kernels import dispatch
-from kernels.resize_normalize import resize_normalize, resize_normalize_ref
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALE = [0.5 / s for s in STD]
@@ -185,7 +184,7 @@ def test_keeps_nothing_for_backward() -> None:
 
 def test_large_images_go_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     x = make((1, 3, 9, 4))
-    module = import_module("kernels.resize_normalize")
+    module = import_module("fastgan_kernels.resize_normalize")
     monkeypatch.setattr(module, "LARGEST", 8)
     monkeypatch.setattr(module, "_op", None)
     found = resize_normalize(x, MEAN, STD, 5)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from kernels import aot, aot_builds, sass
-from kernels.aot import Row, problems
-from kernels.conv_plans import DIRECTIONS, Plan, Shape, candidates, fitted
-from kernels.shapes import NETWORKS
+from fastgan_kernels.aot import __main__ as aot
+from fastgan_kernels.aot import builds as aot_builds
+from fastgan_kernels.aot import sass
+from fastgan_kernels.aot.__main__ import Row, problems
+from fastgan_kernels.aot.shapes import NETWORKS
+from fastgan_kernels.norm_silu_conv.plans import DIRECTIONS, Plan, Shape, candidates, fitted
 
 ROOT = Path(__file__).resolve().parents[2]
 # A small loop inside of a large one that multiplies, a loop that does not, and what is in none.

@@ -12,16 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from fastgan_kernels.aot.shapes import NETWORKS, Block, Network
+from fastgan_kernels.norm_silu_conv import table as conv_table
+from fastgan_kernels.norm_silu_conv.plans import DIRECTIONS, LIBRARY, Plan, Shape
+from fastgan_kernels.norm_silu_conv.table import Entry
+from fastgan_kernels.tune import __main__ as tune
+from fastgan_kernels.tune import child as child_process
+from fastgan_kernels.tune.child import Child, Failed, Hung
+from fastgan_kernels.tune.jobs import Case, Job, jobs, queue
+from fastgan_kernels.tune.worker import INDUCTOR, Timing
 
 from benchmarks.cases import norm_convolutions
-from kernels import conv_table, tune
-from kernels.conv_plans import DIRECTIONS, LIBRARY, Plan, Shape
-from kernels.conv_table import Entry
-from kernels.shapes import NETWORKS, Block, Network
-from kernels.tuning import child as child_process
-from kernels.tuning.child import Child, Failed, Hung
-from kernels.tuning.jobs import Case, Job, jobs, queue
-from kernels.tuning.worker import INDUCTOR, Timing
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = Shape(16, 24, 4, 4, 3)
@@ -353,7 +354,7 @@ def test_what_was_measured_is_shown_when_nothing_more_can_be(
 def test_without_a_gpu_one_line_and_nothing_written(tmp_path: Path) -> None:
     file = tmp_path / "t.json"
     done = subprocess.run(
-        [sys.executable, "-m", "kernels.tune", "--out", str(file)],
+        [sys.executable, "-m", "fastgan_kernels.tune", "--out", str(file)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -379,9 +380,12 @@ def test_a_wrong_argument_is_one_line(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kernels.runtime.HAS_TRITON": False}, "triton is not installed"),
-        ({"kernels.runtime.INTERPRETED": True}, "TRITON_INTERPRET=1 is set"),
-        ({"kernels.runtime.INTERPRETED": False}, "never tried on sm_75, sm_80 or sm_90 would do"),
+        ({"fastgan_kernels.runtime.HAS_TRITON": False}, "triton is not installed"),
+        ({"fastgan_kernels.runtime.INTERPRETED": True}, "TRITON_INTERPRET=1 is set"),
+        (
+            {"fastgan_kernels.runtime.INTERPRETED": False},
+            "never tried on sm_75, sm_80 or sm_90 would do",
+        ),
     ],
 )
 def test_a_gpu_that_will_not_do(

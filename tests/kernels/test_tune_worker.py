@@ -6,14 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-
-from kernels import conv_table, tune
-from kernels.conv_plans import DIRECTIONS, LIBRARY, Direction, Plan, Shape, candidates
-from kernels.norm_silu_conv_launch import norm_silu_conv_backward, norm_silu_conv_forward
-from kernels.tuning import worker
-from kernels.tuning.jobs import Case, Job
-from kernels.tuning.timing import medians
-from kernels.tuning.worker import INDUCTOR, disagreement, measure
+from fastgan_kernels.norm_silu_conv import table as conv_table
+from fastgan_kernels.norm_silu_conv.launch import norm_silu_conv_backward, norm_silu_conv_forward
+from fastgan_kernels.norm_silu_conv.plans import (
+    DIRECTIONS,
+    LIBRARY,
+    Direction,
+    Plan,
+    Shape,
+    candidates,
+)
+from fastgan_kernels.tune import __main__ as tune
+from fastgan_kernels.tune import worker
+from fastgan_kernels.tune.jobs import Case, Job
+from fastgan_kernels.tune.timing import medians
+from fastgan_kernels.tune.worker import INDUCTOR, disagreement, measure
 
 TINY = Shape(16, 24, 4, 4, 3)
 SLOW = Plan("fused", 16, 16, 16, 4, 2)
@@ -181,8 +188,8 @@ class Rounds:
 
 
 def test_medians_are_of_one_call_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kernels.tuning.timing.ROUNDS", 3)
-    monkeypatch.setattr("kernels.tuning.timing.UNCOUNTED_ROUNDS", 1)
+    monkeypatch.setattr("fastgan_kernels.tune.timing.ROUNDS", 3)
+    monkeypatch.setattr("fastgan_kernels.tune.timing.UNCOUNTED_ROUNDS", 1)
     slow, fast = Rounds([99, 9, 99, 1, 8, 2], 4), Rounds([9, 1e-4, 9, 3e-6, 1e-6, 2e-6], 2)
     assert medians([slow, fast]) == pytest.approx([0.5e6, 1.0])  # type: ignore[list-item]
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastgan.errors import UserError
+from fastgan.common.errors import UserError
 from fastgan.models import network_from_config
 from fastgan.models.freeze import frozen_share
-from fastgan.parity import check_file, load_arrays
 from tests.hostile.damage import damaged
+from tools.parity import check_file, load_arrays
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = sorted(path.name for path in GOLDEN.glob("*.npz"))

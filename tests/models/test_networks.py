@@ -6,11 +6,10 @@ import math
 import pytest
 import torch
 
-from fastgan.errors import UserError
+from fastgan.common.errors import UserError
 from fastgan.models import network_from_config
 from fastgan.models.freeze import freeze, is_frozen
-from fastgan.models.init import XAVIER, Init
-from fastgan.models.layers import Conv2d
+from fastgan.models.layers import XAVIER, Conv2d, Init
 from fastgan.models.unet_block import UNetBlock
 from tests.conftest import live_network
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastgan_kernels import dispatch, frozen_block, runtime
 
+from fastgan.common.precision import strict_float32
 from fastgan.models.freeze import freeze, is_frozen
-from fastgan.parity import check_file, load_arrays, network_of
-from fastgan.precision import strict_float32
-from kernels import dispatch, frozen_block, runtime
+from tools.parity import check_file, load_arrays, network_of
 
 NETWORKS = ("ncsnpp_uncond_d2o.npz", "ddpmpp_cond_edm.npz", "adm_cond_d2o.npz")
 

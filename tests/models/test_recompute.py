@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from fastgan_kernels import dispatch
 from torch import Tensor
 
 from fastgan.models import Precond, network_from_config, unet_block
+from fastgan.models.build import PUBLISHED_NETWORKS
 from fastgan.models.freeze import freeze
-from fastgan.models.published import PUBLISHED_NETWORKS
+from fastgan.models.sampling import few_step
 from fastgan.models.unet_block import UNetBlock, recompute_blocks
-from fastgan.sampling import few_step
-from kernels import dispatch
 from tests.conftest import TINY, live_network
 from tests.kept_bytes import kept_bytes
 

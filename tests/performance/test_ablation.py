@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.gpu_report import ablation, ablation_plot, rounds, variants
+from benchmarks.gpu_report.markdown import DRY_RUN, markdown
+from benchmarks.gpu_report.pictures import write_pictures
+from benchmarks.gpu_report.results import samples
 from fastgan import config as cfg
 from fastgan.data import open_dataset
-from fastgan.performance.pictures import write_pictures
-from fastgan.performance.report import ablation, ablation_plot, rounds, variants
-from fastgan.performance.report.markdown import DRY_RUN, markdown
-from fastgan.performance.report.results import samples
 
 EXPERIMENT = "imagenet64_d2o_f"
 

@@ -12,10 +12,8 @@ import pytest
 from PIL import Image
 
 from fastgan import config as cfg
-from fastgan.errors import UserError
-from fastgan.performance.budget import GIB, GPUS, Budget, budgets, smallest
-from fastgan.performance.budget_plot import save_plot
-from fastgan.performance.budget_table import report
+from fastgan.common.errors import UserError
+from fastgan.performance.budget import GIB, GPUS, Budget, budgets, report, save_plot, smallest
 from fastgan.performance.counts import Layer, flop
 from fastgan.performance.iteration import Iteration, Parameters, Work
 from fastgan.performance.machines import MACHINES, Assumption, assumptions, measured_rates

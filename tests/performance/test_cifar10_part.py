@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastgan.errors import UserError
-from fastgan.performance.report import cifar10, cifar10_plot
-from fastgan.performance.report.markdown import markdown
-from fastgan.performance.report.parts import all_parts, select
+from benchmarks.gpu_report import cifar10, cifar10_plot
+from benchmarks.gpu_report.markdown import markdown
+from benchmarks.gpu_report.parts import all_parts, select
+from fastgan.common.errors import UserError
 
 HEADER = {
     "chip": "NVIDIA H200", "device": "cuda", "dry_run": False, "datetime": "d", "software": {},

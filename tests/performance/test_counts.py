@@ -5,12 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from fastgan_kernels import dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, flop_registry
 
 from fastgan import config as cfg
+from fastgan.common.noise import seeded
+from fastgan.models.build import PUBLISHED_NETWORKS
 from fastgan.models.layers import cast_frozen
-from fastgan.models.published import PUBLISHED_NETWORKS
+from fastgan.models.sampling import few_step
 from fastgan.models.unet_block import UNetBlock
 from fastgan.performance.counts import Layer, flop, layers_of, norm_elements
 from fastgan.performance.iteration import (
@@ -19,11 +22,7 @@ from fastgan.performance.iteration import (
     meta_networks,
     part_of,
 )
-from fastgan.performance.live_step import live_step, measured_config
-from fastgan.performance.tiny import tiny_overrides
-from fastgan.sampling import few_step
-from fastgan.seeding import seeded
-from kernels import dispatch
+from fastgan.performance.live_step import live_step, measured_config, tiny_overrides
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 # GFLOP forward (convolutions, attention), M elements through norms, M parameters, % frozen.

@@ -16,13 +16,13 @@ import hydra
 import pytest
 import torch
 
+from benchmarks.gpu_report import runner
+from benchmarks.gpu_report.markdown import DRY_RUN, markdown
+from benchmarks.gpu_report.parts import AGAIN, BESIDE, RESULT, ROOT, Case, all_parts, select
+from benchmarks.gpu_report.report import chips, forget
+from benchmarks.gpu_report.wheels import hydra_importable, unpack
 from fastgan import config as cfg
-from fastgan.errors import UserError, run_command
-from fastgan.performance.report import runner
-from fastgan.performance.report.markdown import DRY_RUN, markdown
-from fastgan.performance.report.parts import AGAIN, BESIDE, RESULT, ROOT, Case, all_parts, select
-from fastgan.performance.report.report import chips, forget
-from fastgan.performance.report.wheels import hydra_importable, unpack
+from fastgan.common.errors import UserError, run_command
 from tools import gpu_report
 
 # The dry run is some fifteen processes, more than a minute of one core of its own.

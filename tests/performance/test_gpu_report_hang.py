@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgan.performance.report.parts import AGAIN, ROOT
+from benchmarks.gpu_report.parts import AGAIN, ROOT
 
 
 @pytest.mark.parametrize("settled", [False, True])

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from fastgan_kernels import dispatch
 
 from benchmarks import summarise
+from benchmarks.gpu_report import convolutions, parity, rates, rounds, steps, variants
+from benchmarks.gpu_report.markdown import DRY_RUN, markdown
+from benchmarks.gpu_report.pack import pack
+from benchmarks.gpu_report.parts import ROOT
+from benchmarks.gpu_report.record import numbers
+from benchmarks.gpu_report.results import samples
+from benchmarks.gpu_report.speeds import described, images_per_second
 from fastgan import config as cfg
-from fastgan.errors import UserError
-from fastgan.performance.report import convolutions, parity, rates, rounds, steps, variants
-from fastgan.performance.report.markdown import DRY_RUN, markdown
-from fastgan.performance.report.pack import pack
-from fastgan.performance.report.parts import ROOT
-from fastgan.performance.report.record import numbers
-from fastgan.performance.report.results import samples
-from fastgan.performance.report.speeds import described, images_per_second
-from kernels import dispatch
+from fastgan.common.errors import UserError
 from tests.measured_record import check_record
 from tools import gpu_report
 

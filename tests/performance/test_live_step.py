@@ -6,11 +6,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fastgan.errors import UserError
+from benchmarks.gpu_report.variants import restore_settings, take_settings
+from fastgan.common.errors import UserError
 from fastgan.models import network_from_config
-from fastgan.models.published import PUBLISHED_NETWORKS
+from fastgan.models.build import PUBLISHED_NETWORKS
 from fastgan.performance.live_step import live_step, measured_config
-from fastgan.performance.report.variants import restore_settings, take_settings
 from tests.conftest import GOLDEN
 
 CPU = torch.device("cpu")

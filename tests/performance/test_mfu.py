@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgan.distributed import World
+from fastgan.common.distributed import World
 from fastgan.performance.live_step import measured_config
-from fastgan.performance.mfu import full_speed
+from fastgan.performance.machines import full_speed
 from fastgan.training.monitor import Monitor
 
 CPU = torch.device("cpu")

@@ -14,13 +14,12 @@ import torch
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from fastgan.checks import check_train
-from fastgan.models.published import PUBLISHED_NETWORKS
+from fastgan.launch.checks import check_train
+from fastgan.models.build import PUBLISHED_NETWORKS
 from fastgan.performance.kinds import KINDS
-from fastgan.performance.live_step import live_step, measured_config
+from fastgan.performance.live_step import live_step, measured_config, tiny_overrides
 from fastgan.performance.phases import PREFIX, marked_phases
 from fastgan.performance.profile_report import summary, table
-from fastgan.performance.tiny import tiny_overrides
 from fastgan.performance.trace import (
     WINDOW,
     Span,

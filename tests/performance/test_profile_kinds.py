@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from fastgan_kernels.aot.__main__ import builds
 
 from fastgan.performance.kinds import KINDS, kind_of
-from kernels.aot import builds
 
 ATEN = "void at::native::"
 ELEMENTWISE = ATEN + "vectorized_elementwise_kernel<4, at::native::"

@@ -20,14 +20,13 @@ from typing import Any
 import torch
 
 from fastgan.checkpoint.store import load_checkpoint
-from fastgan.errors import UserError
-from fastgan.reliability.same import differences
-from fastgan.run_state import read_state
-from fastgan.training.health import Diverged
+from fastgan.common.errors import UserError
 from fastgan.training.loop import Schedule, run_loop
-from fastgan.training.resume import resume
+from fastgan.training.monitor import Diverged
+from fastgan.training.resume import read_state, resume
 from tests.conftest import TINY
 from tests.reliability.ptrace import Call, Kill, Traced, in_child, run_traced, tree
+from tests.reliability.soak import differences
 from tests.training.toys import ALONE, gan_step, reals
 
 SAVE = 4  # images between checkpoints, of which two are kept and the first, the best one

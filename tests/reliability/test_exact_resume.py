@@ -16,23 +16,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
 
-from fastgan import distributed
 from fastgan.checkpoint import store
+from fastgan.common import distributed
+from fastgan.common.distributed import World
+from fastgan.common.noise import seeded
 from fastgan.discriminator.augment import diff_augment
 from fastgan.discriminator.base import Discriminator
-from fastgan.distributed import World
-from fastgan.reliability.same import differences
-from fastgan.seeding import seeded
 from fastgan.training.compiled import CompiledStep
 from fastgan.training.edm_step import EdmStep
-from fastgan.training.ema import averaged_copy
 from fastgan.training.fast import FastStep
 from fastgan.training.loop import Schedule, run_loop
 from fastgan.training.state import StepResult
 from fastgan.training.step import PlainStep
-from fastgan.training.updater import Updater
+from fastgan.training.updater import Updater, averaged_copy
 from tests.conftest import TINY
 from tests.processes import ROOT, two_processes
+from tests.reliability.soak import differences
 from tests.training.toys import (
     diffusion_heads,
     edm_step,

@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 
 from fastgan import config as cfg
-from fastgan.cli import compose
-from fastgan.run_dir import open_run_dir
+from fastgan.launch.cli import compose
+from fastgan.launch.run_dir import open_run_dir
 from tests.processes import ROOT
 from tests.reliability.ptrace import Kill, in_child, run_traced, tree
 

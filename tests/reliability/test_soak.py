@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from fastgan.checkpoint.store import Checkpoint, save_checkpoint
-from fastgan.errors import UserError
-from fastgan.reliability.same import differences
-from fastgan.reliability.soak import soak
+from fastgan.common.errors import UserError
 from tests.conftest import TINY, live_network
 from tests.processes import ROOT
+from tests.reliability.soak import differences, soak
 
 # Trains by copying the checkpoints of a bank, a tenth of a second each.
 FAKE = """

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgan.errors import UserError
+from fastgan.common.errors import UserError
 from fastgan.run_report.page import write_report
 from tests.command_line import CommandLine, network_file
 from tests.run_report.pages import (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgan.data.digits import Digits
+from fastgan.data.dataset import Digits
 
 TOOLS = str(Path(__file__).parents[2] / "tools")
 

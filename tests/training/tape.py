@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from fastgan.training.fast import FastStep
-from fastgan.training.replay import Graph
+from fastgan.training.fast import FastStep, Graph
 from fastgan.training.state import StepResult
 
 _READS = {

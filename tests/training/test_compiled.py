@@ -16,9 +16,9 @@ from fastgan.discriminator.base import Discriminator
 from fastgan.discriminator.projected import ProjectedDiscriminator
 from fastgan.models import Precond
 from fastgan.training.compiled import CompiledStep
-from fastgan.training.ema import averaged_copy
 from fastgan.training.fast import FastStep
 from fastgan.training.step import PlainStep
+from fastgan.training.updater import averaged_copy
 from tests.training.toys import (
     ALONE,
     assert_same,

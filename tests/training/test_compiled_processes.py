@@ -10,10 +10,10 @@ import torch._functorch.config
 from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
-from fastgan import distributed
+from fastgan.common import distributed
 from fastgan.training.compiled import CompiledStep
-from fastgan.training.ema import averaged_copy
 from fastgan.training.step import PlainStep
+from fastgan.training.updater import averaged_copy
 from tests.processes import two_processes
 from tests.training.toys import (
     ALONE,

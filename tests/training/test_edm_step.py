@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastgan.noise import normal, stream
+from fastgan.common.noise import normal, stream
 from fastgan.training.edm_step import EdmStep, warmup_then_cosine
 from tests.training.toys import SHAPE, assert_same, edm_step, everything, reals
 

@@ -5,8 +5,8 @@ import torch
 
 from fastgan.models import Precond
 from fastgan.models.freeze import freeze
-from fastgan.training.ema import averaged_copy, ema_beta, update_ema
 from fastgan.training.state import trainable
+from fastgan.training.updater import averaged_copy, ema_beta, update_ema
 
 
 @pytest.mark.parametrize(

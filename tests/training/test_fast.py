@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastgan.common.errors import UserError
 from fastgan.discriminator.base import Discriminator
-from fastgan.errors import UserError
-from fastgan.training.ema import averaged_copy
-from fastgan.training.replay import WARMUP, Replayed
+from fastgan.training.fast import WARMUP, Replayed
 from fastgan.training.state import StepResult
 from fastgan.training.step import PlainStep
+from fastgan.training.updater import averaged_copy
 from tests.training.tape import Tape, TapedStep
 from tests.training.toys import (
     ALONE,

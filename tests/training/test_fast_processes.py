@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastgan import distributed
-from fastgan.training.ema import averaged_copy
+from fastgan.common import distributed
 from fastgan.training.step import PlainStep
+from fastgan.training.updater import averaged_copy
 from tests.processes import two_processes
 from tests.training.tape import TapedStep
 from tests.training.toys import (

@@ -2,8 +2,8 @@
 
 import torch
 
-from fastgan.training.health import Health, Skips
 from fastgan.training.losses import diversity
+from fastgan.training.monitor import Health, Skips
 
 FINE = {"Loss/sign_real": 0.6, "Loss/sign_fake": -0.5, "Loss/diversity": 0.9}
 

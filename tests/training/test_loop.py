@@ -13,13 +13,13 @@ import torch
 
 from fastgan.checkpoint.network_file import network_from_file
 from fastgan.checkpoint.store import latest_checkpoint, load_checkpoint
-from fastgan.errors import UserError
+from fastgan.common.errors import UserError
 from fastgan.models import Precond
-from fastgan.training.ema import averaged_copy
-from fastgan.training.health import Diverged
 from fastgan.training.loop import Schedule, run_loop
+from fastgan.training.monitor import Diverged
 from fastgan.training.state import StepResult, trainable
 from fastgan.training.step import PlainStep
+from fastgan.training.updater import averaged_copy
 from tests.conftest import TINY, live_network
 from tests.training.toys import (
     ALONE,

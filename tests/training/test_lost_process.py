@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgan import distributed
-from fastgan.errors import run_command
+from fastgan.common import distributed
+from fastgan.common.errors import run_command
 from fastgan.training.loop import Schedule, run_loop
 from tests.conftest import TINY
 from tests.processes import two_processes

@@ -8,17 +8,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastgan.errors import UserError
+from fastgan.common.errors import UserError
+from fastgan.launch.run_dir import open_run_dir
 from fastgan.models.unet_block import UNetBlock, recompute_blocks
 from fastgan.performance.iteration import iteration_flop
-from fastgan.performance.live_step import live_step, measured_config
-from fastgan.performance.tiny import tiny_overrides
-from fastgan.run_dir import open_run_dir
+from fastgan.performance.live_step import live_step, measured_config, tiny_overrides
 from fastgan.training.compiled import CompiledStep
-from fastgan.training.ema import averaged_copy
-from fastgan.training.fast import FastStep
-from fastgan.training.replay import WARMUP
+from fastgan.training.fast import WARMUP, FastStep
 from fastgan.training.step import PlainStep
+from fastgan.training.updater import averaged_copy
 from tests.command_line import CommandLine
 from tests.training.tape import TapedStep
 from tests.training.toys import (

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgan.errors import UserError
+from fastgan.common.errors import UserError
 from fastgan.training.loop import Schedule, run_loop
 from fastgan.training.step import PlainStep
 from tests.conftest import TINY

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgan.training.health import Skips
-from fastgan.training.monitor import Averages
+from fastgan.training.monitor import Averages, Skips
 
 CPU = torch.device("cpu")
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastgan.noise import normal, stream
-from fastgan.training.ema import averaged_copy
+from fastgan.common.noise import normal, stream
 from fastgan.training.state import trainable
 from fastgan.training.step import PlainStep, Shown
+from fastgan.training.updater import averaged_copy
 from tests.training.toys import (
     ALONE,
     SHAPE,

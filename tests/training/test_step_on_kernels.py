@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from fastgan_kernels import dispatch, runtime
 
-from fastgan.training.ema import averaged_copy
-from fastgan.training.replay import WARMUP
+from fastgan.training.fast import WARMUP
 from fastgan.training.step import PlainStep
-from kernels import dispatch, runtime
+from fastgan.training.updater import averaged_copy
 from tests.training.tape import TapedStep
 from tests.training.toys import ALONE, diffusion_heads, generator, reals, settings
 

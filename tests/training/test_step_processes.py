@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastgan import distributed
+from fastgan.common import distributed
 from tests.processes import two_processes
 from tests.training.toys import assert_same, edm_step, everything, gan_step, one_hot, reals
 

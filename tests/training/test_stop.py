@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgan import distributed
+from fastgan.common import distributed
 from fastgan.training.loop import Schedule, run_loop
+from fastgan.training.resume import PREEMPTED, SIGNALS, Preempted
 from fastgan.training.state import StepResult
 from fastgan.training.step import PlainStep
-from fastgan.training.stop import PREEMPTED, SIGNALS, Preempted
 from tests.conftest import TINY
 from tests.processes import ROOT, two_processes
 from tests.training.toys import ALONE, assert_same, everything, gan_step, reals

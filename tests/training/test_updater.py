@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastgan.errors import UserError
+from fastgan.common.errors import UserError
 from fastgan.training.updater import Updater, linear_decay
 from tests.training.toys import ALONE
 

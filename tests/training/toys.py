@@ -6,15 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastgan.common.distributed import World
+from fastgan.common.noise import seeded
 from fastgan.discriminator.base import Discriminator
 from fastgan.discriminator.diffusion_features import DiffusionDiscriminator
-from fastgan.distributed import World
 from fastgan.models import Precond
 from fastgan.models.freeze import freeze
-from fastgan.seeding import seeded
 from fastgan.training.edm_step import EdmSettings, EdmStep
-from fastgan.training.ema import averaged_copy
 from fastgan.training.step import PlainStep, StepSettings
+from fastgan.training.updater import averaged_copy
 from tests.conftest import TINY, live_network
 
 ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))

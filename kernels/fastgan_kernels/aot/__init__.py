@@ -1,0 +1,1 @@
+"""Every kernel compiled without a GPU: registers, spills, instruction widths."""

@@ -1,0 +1,430 @@
+"""The two passes of a frozen UNet block: what runs, and what is kept in between.
+
+The gain and the gradient along the skip enter the norms' backward kernels instead of passes of
+their own, conv0's bias enters norm1's pre_shift and conv1's the final addition. A 1x1 skip
+convolution commutes with resampling: it runs on the smaller side. Where a convolution that
+normalises while it loads was measured to be faster (conv_table.py), it takes the place of norm and
+convolution, and the first one's sums over h are norm1's statistics.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastgan_kernels import dispatch
+from fastgan_kernels.attention import Attention, Conv, Norm, convolve, self_attention
+from fastgan_kernels.frozen_conv import (
+    check_frozen,
+    frozen_conv2d_forward,
+    frozen_conv2d_input_grad,
+)
+from fastgan_kernels.norm_silu import group_norm_silu
+from fastgan_kernels.norm_silu.device import (
+    Gradients,
+    group_norm_silu_backward,
+    group_norm_silu_forward,
+)
+from fastgan_kernels.norm_silu_conv.launch import (
+    norm_silu_conv_backward,
+    norm_silu_conv_forward,
+    shape_of,
+)
+from fastgan_kernels.norm_silu_conv.plans import LIBRARY, Direction, Plan, Shape
+from fastgan_kernels.norm_silu_conv.sums import Affine, Moments
+from fastgan_kernels.norm_silu_conv.table import plan_for
+from fastgan_kernels.resample import resample2x, resample2x_launch
+from fastgan_kernels.runtime import (
+    channels_last_like,
+    check_groups,
+    check_image,
+    check_tensor,
+    to_channels_last,
+)
+
+
+class Inputs(NamedTuple):
+    """The op's arguments, in its order."""
+
+    x: Tensor
+    norm0_weight: Tensor
+    norm0_bias: Tensor
+    norm1_weight: Tensor
+    norm1_bias: Tensor
+    pre_shift: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    skip_weight: Tensor | None
+    skip_bias: Tensor | None
+    conv0_weight: Tensor
+    conv0_bias: Tensor
+    conv1_weight: Tensor
+    conv1_bias: Tensor
+    groups0: int
+    groups1: int
+    eps0: float
+    eps1: float
+    resample: str
+    taps: list[float]
+    gain: float
+
+
+def _resampled(x: Tensor, i: Inputs) -> Tensor:
+    if not i.resample:
+        return x
+    return resample2x_launch(x, i.taps, i.resample == "up", 1.0, None, None, 1.0)
+
+
+def _resampled_back(dy: Tensor, i: Inputs) -> Tensor:
+    """The adjoint of `_resampled`: the other direction, times four or a quarter."""
+    if not i.resample:
+        return dy
+    up = i.resample == "up"
+    return resample2x_launch(dy, i.taps, not up, 4.0 if up else 0.25, None, None, 1.0)
+
+
+def _convolved(x: Tensor, weight: Tensor) -> Tensor:
+    return frozen_conv2d_forward(x, weight, None, 1, weight.shape[-1] // 2)
+
+
+def _convolved_back(dy: Tensor, weight: Tensor) -> Tensor:
+    size = list(dy.shape[2:])
+    return frozen_conv2d_input_grad(dy, weight, None, size, 1, weight.shape[-1] // 2)
+
+
+def _pre_shift(i: Inputs) -> Tensor:
+    """What norm1 adds to h [N or 1 -> N, Cout] in float32: conv0's bias and the embedding."""
+    bias = i.conv0_bias.float()[None]
+    return (bias if i.pre_shift is None else bias + i.pre_shift.float()).expand(len(i.x), -1)
+
+
+def _affine0(i: Inputs) -> Affine:
+    return Affine(i.norm0_weight, i.norm0_bias)
+
+
+def _affine1(i: Inputs) -> Affine:
+    return Affine(i.norm1_weight, i.norm1_bias, _pre_shift(i), i.scale, i.shift)
+
+
+def _plan(direction: Direction, x: Tensor, weight: Tensor) -> Plan:
+    return plan_for(direction, x, shape_of(x, weight))
+
+
+def forward(i: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, and what backward reads beside x: h without conv0's bias, both norms' statistics."""
+    first = LIBRARY if i.resample else _plan("forward", i.x, i.conv0_weight)
+    plan = plan_for("forward", i.x, _shape_of_second(i))
+    h, statistics0, of_h = _first_half(i, first, sums=plan.form == "fused")
+    along, bias, pending = _skip(i)
+    after = _affine1(i)
+    arguments = (h, i.groups1, i.conv1_weight)
+    if not pending:
+        y, statistics1, _ = norm_silu_conv_forward(
+            *arguments, bias, i.eps1, after, along, i.gain, plan, known=of_h
+        )
+        return y, h, statistics0, statistics1
+    branch, statistics1, _ = norm_silu_conv_forward(
+        *arguments, None, i.eps1, after, None, 1.0, plan, known=of_h
+    )
+    y = resample2x_launch(along, i.taps, i.resample == "up", 1.0, branch, bias, i.gain)
+    return y, h, statistics0, statistics1
+
+
+def _shape_of_second(i: Inputs) -> Shape:
+    height, width = i.x.shape[2:]
+    if i.resample:
+        height, width = (2 * s if i.resample == "up" else s // 2 for s in (height, width))
+    cout, _, size, _ = i.conv1_weight.shape
+    return Shape(cout, cout, height, width, size)
+
+
+def _first_half(i: Inputs, plan: Plan, *, sums: bool) -> tuple[Tensor, Tensor, Moments | None]:
+    """h, norm0's statistics, and h's moments if they are asked for and conv0 summed them up."""
+    if not i.resample:
+        return norm_silu_conv_forward(
+            *(i.x, i.groups0, i.conv0_weight, None, i.eps0, _affine0(i), None, 1.0, plan),
+            sums=sums,
+        )
+    s, statistics = group_norm_silu_forward(
+        i.x, i.groups0, i.norm0_weight, i.norm0_bias, i.eps0, None, None, None, True
+    )
+    return _convolved(_resampled(s, i), i.conv0_weight), statistics, None
+
+
+def _skip(i: Inputs) -> tuple[Tensor, Tensor, bool]:
+    """What is added to the branch, with which bias (conv1's too), and whether to resample it yet.
+
+    In one pass behind the skip's convolution.
+    """
+    bias, along, pending = i.conv1_bias.float(), i.x, bool(i.resample)
+    if i.skip_weight is not None:
+        if i.resample == "down":
+            along, pending = _resampled(along, i), False
+        along = _convolved(along, i.skip_weight)
+        bias = bias if i.skip_bias is None else bias + i.skip_bias.float()
+    return along, bias, pending
+
+
+def backward(
+    dy: Tensor, i: Inputs, h: Tensor, statistics0: Tensor, statistics1: Tensor, wanted: str
+) -> list[Tensor]:
+    asked = frozenset(wanted.split())
+    dy = channels_last_like(dy, i.x)
+    found = _skip_gradients(dy, i, asked)
+    of_norm1 = norm_silu_conv_backward(
+        *(dy, h, statistics1, i.groups1, i.conv1_weight, _affine1(i), i.gain),
+        frozenset({"x", *(asked & {"pre_shift", "scale", "shift"}), *_affine("1", asked)}),
+        _plan("backward", h, i.conv1_weight),
+    )
+    assert of_norm1.x is not None
+    of_norm0 = _first_half_gradients(of_norm1.x, i, statistics0, asked, found.get("x"))
+    found |= {"x": of_norm0.x, "affine0": of_norm0.affine, "affine1": of_norm1.affine}
+    for name, value in (("pre_shift", i.pre_shift), ("scale", i.scale), ("shift", i.shift)):
+        if name in asked and value is not None:
+            found[name] = getattr(of_norm1, name).to(value.dtype)
+    return [found[name] for name in wanted.split()]  # type: ignore[misc]
+
+
+def _first_half_gradients(
+    dh: Tensor, i: Inputs, statistics: Tensor, asked: frozenset[str], along: Tensor | None
+) -> Gradients:
+    """Of x, to which the gain times `along`, the skip's, is added, and of norm0's parameters."""
+    wanted = frozenset({*(asked & {"x"}), *_affine("0", asked)})
+    if not i.resample:
+        return norm_silu_conv_backward(
+            *(dh, i.x, statistics, i.groups0, i.conv0_weight, _affine0(i), 1.0, wanted),
+            _plan("backward", i.x, i.conv0_weight),
+            residual=along,
+            residual_scale=i.gain,
+        )
+    return group_norm_silu_backward(
+        _resampled_back(_convolved_back(dh, i.conv0_weight), i),
+        *(i.x, statistics, i.groups0, i.norm0_weight, i.norm0_bias, None, None, None, True),
+        wanted,
+        residual=along,
+        residual_scale=i.gain,
+    )
+
+
+def _affine(norm: str, asked: frozenset[str]) -> set[str]:
+    return {"affine"} if f"affine{norm}" in asked else set()
+
+
+def _skip_gradients(dy: Tensor, i: Inputs, asked: frozenset[str]) -> dict[str, Tensor | None]:
+    """Gradients along the skip: of its parameters, and of x without the gain."""
+    if i.skip_weight is None:
+        return {"x": _resampled_back(dy, i)}
+    found: dict[str, Tensor | None] = {}
+    if "skip_bias" in asked:
+        assert i.skip_bias is not None
+        total = dy.sum(dim=(0, 2, 3), dtype=torch.float32)
+        found["skip_bias"] = (i.gain * total).to(i.skip_bias.dtype)
+    down = i.resample == "down"
+    if i.resample == "up":
+        dy = _resampled_back(dy, i)
+    if "skip_weight" in asked:
+        seen = _resampled(i.x, i) if down else i.x
+        product = _pixels(dy).mT @ _pixels(seen) * i.gain
+        found["skip_weight"] = product[:, :, None, None].contiguous()
+    dx = _convolved_back(dy, i.skip_weight)
+    return found | {"x": _resampled_back(dx, i) if down else dx}
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """[N H W, C] view of a channels_last [N, C, H, W]."""
+    return x.movedim(1, 3).flatten(0, 2)
+
+
+OP = "frozen_unet_block"
+RESAMPLES = ("", "up", "down")
+
+
+_TENSORS = "Tensor x, " + "".join(
+    f"Tensor{'?' if name in ('pre_shift', 'scale', 'shift', 'skip_weight', 'skip_bias') else ''} "
+    f"{name}, "
+    for name in Inputs._fields[1:14]
+)
+_SCHEMA = (
+    _TENSORS + "int groups0, int groups1, float eps0, float eps1, str resample, float[] taps, "
+    "float gain"
+)
+# One gradient of weight and bias together for each norm, see group_norm_silu_backward.
+_GRADIENTS = ("x", "affine0", "affine1", "pre_shift", "scale", "shift", "skip_weight", "skip_bias")
+
+
+def frozen_unet_block_ref(*args: object, **options: object) -> Tensor:
+    """The definition: the same block with every op as its own definition."""
+    with dispatch.twice_differentiable():
+        return frozen_unet_block(*args, **options)  # type: ignore[arg-type]
+
+
+_op = torch.library.custom_op(
+    "fastgan::frozen_unet_block",
+    lambda *args: forward(Inputs(*args)),
+    mutates_args=(),
+    schema=f"({_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+_backward_op = torch.library.custom_op(
+    "fastgan::frozen_unet_block_backward",
+    lambda dy, h, statistics0, statistics1, wanted, *args: backward(
+        dy, Inputs(*args), h, statistics0, statistics1, wanted
+    ),
+    mutates_args=(),
+    schema="(Tensor dy, Tensor h, Tensor statistics0, Tensor statistics1, str wanted, "
+    f"{_SCHEMA}) -> Tensor[]",
+)
+
+
+@_op.register_fake
+def _(*args):
+    i = Inputs(*args)
+    n, _, height, width = i.x.shape
+    if i.resample:
+        height, width = (2 * s if i.resample == "up" else s // 2 for s in (height, width))
+    y = i.x.new_empty(n, i.conv1_weight.shape[0], height, width)
+    y = y.contiguous(memory_format=torch.channels_last)
+    statistics = (i.x.new_empty(2, n, g, dtype=torch.float32) for g in (i.groups0, i.groups1))
+    return y, torch.empty_like(y), *statistics
+
+
+@_backward_op.register_fake
+def _(dy, h, statistics0, statistics1, wanted, *args):
+    i = Inputs(*args)
+    widths = {"affine0": i.x.shape[1], "affine1": h.shape[1]}
+    return [
+        i.x.new_empty(2, widths[name], dtype=torch.float32)
+        if name in widths
+        else torch.empty_like(getattr(i, name))
+        for name in wanted.split()
+    ]
+
+
+def _setup(ctx, inputs, output):
+    _, h, statistics0, statistics1 = output
+    ctx.settings = inputs[14:]
+    ctx.save_for_backward(h, statistics0, statistics1, *inputs[:14])
+
+
+def _autograd(ctx, dy, *_):
+    h, statistics0, statistics1, *tensors = ctx.saved_tensors
+    i = Inputs(*tensors, *ctx.settings)
+    needed = dict(zip(Inputs._fields, ctx.needs_input_grad, strict=True))
+    needed["affine0"] = needed["norm0_weight"] or needed["norm0_bias"]
+    needed["affine1"] = needed["norm1_weight"] or needed["norm1_bias"]
+    wanted = [name for name in _GRADIENTS if needed[name]]
+    arguments = (dy, h, statistics0, statistics1, " ".join(wanted), *i)
+    found = dict(zip(wanted, _backward_op(*arguments), strict=True))
+    for norm in "01":
+        for row, part in enumerate(("weight", "bias")):
+            name = f"norm{norm}_{part}"
+            if needed[name]:
+                found[name] = found[f"affine{norm}"][row].to(getattr(i, name).dtype)
+    return tuple(found.get(name) for name in Inputs._fields)
+
+
+_op.register_autograd(_autograd, setup_context=_setup)
+
+
+def frozen_unet_block(
+    x: Tensor,
+    norm0: Norm,
+    conv0: Conv,
+    norm1: Norm,
+    conv1: Conv,
+    *,
+    pre_shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    skip: Conv | None = None,
+    resample: str = "",
+    filter: tuple[float, ...] = (1, 1),
+    gain: float = 1.0,
+    dropout: float = 0.0,
+    attention: Attention | None = None,
+) -> Tensor:
+    """A UNet's residual block and, where given, the self-attention behind it.
+
+    x [N, Cin, H, W]; conv0 [Cout, Cin, 3, 3], conv1 [Cout, Cout, 3, 3], skip [Cout, Cin, 1, 1] in
+    x's dtype; pre_shift, scale, shift [N, Cout] from the embedding; `resample` "", "up" or "down"
+    with the taps `filter`. One fused op when conv0 and conv1 are frozen and nothing is dropped;
+    otherwise the same block composed of this package's ops and PyTorch's. ValueError names what
+    does not fit.
+    """
+    check_image("x", x)
+    if resample not in RESAMPLES:
+        raise ValueError(f"resample is {resample!r}, one of {RESAMPLES} would do")
+    embedding = {"pre_shift": pre_shift, "scale": scale, "shift": shift}
+    body = (x, norm0, conv0, norm1, conv1, embedding, skip, resample, filter, gain)
+    frozen = not (conv0.trains or conv1.trains or dropout)
+    if frozen and dispatch.implementation(OP, x.device.type, x.dtype) == "triton":
+        y = _fused(*body)
+    else:
+        y = _composed(*body, dropout)
+    return y if attention is None else self_attention(y, attention, gain)
+
+
+def _composed(
+    x: Tensor,
+    norm0: Norm,
+    conv0: Conv,
+    norm1: Norm,
+    conv1: Conv,
+    embedding: dict[str, Tensor | None],
+    skip: Conv | None,
+    resample: str,
+    filter: tuple[float, ...],
+    gain: float,
+    dropout: float,
+) -> Tensor:
+    h = group_norm_silu(x, norm0.groups, norm0.weight, norm0.bias, eps=norm0.eps)
+    if resample:
+        h = resample2x(h, filter, up=resample == "up")
+        x = resample2x(x, filter, up=resample == "up")
+    h = convolve(h, conv0)
+    h = group_norm_silu(
+        h,
+        norm1.groups,
+        norm1.weight,
+        norm1.bias,
+        eps=norm1.eps,
+        pre_shift=embedding["pre_shift"],
+        scale=embedding["scale"],
+        shift=embedding["shift"],
+    )
+    h = convolve(F.dropout(h, dropout, training=dropout > 0), conv1)
+    return (h + (x if skip is None else convolve(x, skip))) * gain
+
+
+def _fused(
+    x: Tensor,
+    norm0: Norm,
+    conv0: Conv,
+    norm1: Norm,
+    conv1: Conv,
+    embedding: dict[str, Tensor | None],
+    skip: Conv | None,
+    resample: str,
+    filter: tuple[float, ...],
+    gain: float,
+) -> Tensor:
+    n, width = len(x), conv1.weight.shape[0]
+    check_groups("norm0.groups", norm0.groups, x)
+    check_groups("norm1.groups", norm1.groups, conv1.weight)
+    check_tensor("conv0.weight", conv0.weight, (width, x.shape[1], 3, 3), x)
+    check_tensor("conv1.weight", conv1.weight, (width, width, 3, 3), x)
+    for name, conv in (("conv0", conv0), ("conv1", conv1)):
+        check_frozen(f"{name}.weight", conv.weight, x)
+        check_frozen(f"{name}.bias", conv.bias, x)
+    per_sample = []
+    for name, value in embedding.items():
+        check_tensor(name, value, (n, width), x)
+        per_sample.append(None if value is None else value.expand(n, width))
+    if skip is not None:
+        check_tensor("skip.weight", skip.weight, (width, x.shape[1], 1, 1), x)
+    return _op(
+        *(to_channels_last(x), norm0.weight, norm0.bias, norm1.weight, norm1.bias, *per_sample),
+        *((None, None) if skip is None else skip),
+        *(*conv0, *conv1, norm0.groups, norm1.groups, norm0.eps, norm1.eps),
+        *(resample, list(map(float, filter)), gain),
+    )[0]

@@ -1,1 +1,0 @@
-"""What `python -m kernels.tune` is made of; nothing that trains needs it."""
