@@ -1,8 +1,7 @@
 """The plain step as a good engineer would speed it up in an afternoon: the honest opponent.
 
 G and each branch of D (backbone, mixing, heads) go through torch.compile, frozen weights are kept
-in the dtype that they compute in. Losses, R1 and the order of things are the plain
-step's.
+in the dtype that they compute in. Losses, R1 and the order of things are the plain step's.
 """
 
 import copy
@@ -13,14 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from fastgan.common.distributed import World, main_first
 from fastgan.discriminator.base import Discriminator
 from fastgan.models import Precond
 from fastgan.models.layers import cast_frozen
 from fastgan.models.sampling import few_step
+from fastgan.training.gan import StepSettings
 from fastgan.training.state import StepResult
-from fastgan.training.step import Graphed, PlainStep, StepSettings
+from fastgan.training.step import PlainStep
 from fastgan.training.updater import averaged_copy
 
 # A branch's in a run: fakes in G's phase and in D's, and reals, which may be laid out otherwise; as
@@ -56,7 +57,8 @@ class CompiledStep(PlainStep):
 
         branches = range(discriminator.branches)
         self._generate_compiled = self._compile(generate)
-        _allow_variants(_VARIANTS * discriminator.branches)
+        # Dynamo counts the graphs of all steps that run the same code together, and fails beyond.
+        torch._dynamo.config.recompile_limit += _VARIANTS * discriminator.branches
         self._encoders = [self._compile(partial(discriminator.features, i)) for i in branches]
         self._judges = [self._compile(partial(discriminator.judge, i)) for i in branches]
 
@@ -90,6 +92,7 @@ class CompiledStep(PlainStep):
     def _compile(self, function: Callable[..., Any]) -> Any:
         return torch.compile(function, fullgraph=True, dynamic=False, mode=self.mode)
 
+    @record_function("step/generate")
     def _generate(self, z: Tensor, labels: Tensor | None) -> Tensor:
         return self._generate_compiled(z, labels)
 
@@ -98,20 +101,3 @@ class CompiledStep(PlainStep):
 
     def _logits(self, index: int, features: list[Tensor], labels: Tensor | None) -> Tensor:
         return self._judges[index](features, labels)
-
-    def _accumulate_generator(
-        self, z: Tensor, labels: Tensor | None, shared: Graphed | None
-    ) -> Tensor:
-        # A compiled backward computes every gradient that is asked for by requires_grad, whatever
-        # `inputs=` says: in G's phase D must not ask.
-        self.discriminator.requires_grad_(False)
-        try:
-            return super()._accumulate_generator(z, labels, shared)
-        finally:
-            self.discriminator.requires_grad_(True)
-
-
-def _allow_variants(number: int) -> None:
-    """Dynamo keeps the graphs of all steps that run the same code together, only so many of them,
-    and fails where they do not suffice."""
-    torch._dynamo.config.recompile_limit += number

@@ -10,16 +10,7 @@ from fastgan.common.distributed import World
 from fastgan.common.noise import global_stream, normal, stream
 from fastgan.models import Precond
 from fastgan.training import losses
-from fastgan.training.state import (
-    StepResult,
-    checksum,
-    load_trainable,
-    part_of,
-    prefixed,
-    rounds,
-    take,
-    trainable,
-)
+from fastgan.training.state import StepResult, TrainingStep, rounds, trainable
 from fastgan.training.updater import Updater, ema_beta, update_ema
 
 
@@ -39,15 +30,15 @@ class EdmSettings:
     ema_ramp: float | None = 0.05
 
 
-class EdmStep:
+class EdmStep(TrainingStep):
     """Holds the network and the optimiser that one iteration updates, and runs it."""
 
     def __init__(
         self, network: Precond, average: Precond, settings: EdmSettings, world: World
     ) -> None:
-        self.network, self.average = network.train(), average
+        self.generator, self.average = network.train(), average
         self.settings, self.world = settings, world
-        self.update = Updater(
+        self.update_g = Updater(
             trainable(network),
             world,
             lr=settings.lr,
@@ -56,44 +47,22 @@ class EdmStep:
         )
 
     def run(self, reals: Tensor, labels: Tensor | None, iteration: int) -> StepResult:
-        """One iteration on this process's images [local, C, H, W] in [-1, 1]; one-hot labels."""
         s = self.settings
         nimg = iteration * s.batch
-        sigma, noise = self._draw(reals, iteration)
+        all_sigma, all_noise = self._draw(reals, iteration)
         total = reals.new_zeros(())
         # Dropout draws from the global generator, which knows nothing of iterations.
         with global_stream(s.seed, "dropout", iteration, self.world.rank, device=reals.device):
-            for part in rounds(len(reals), s.batch_gpu):
-                noisy = reals[part] + sigma[part, None, None, None] * noise[part]
-                denoised = self.network(noisy, sigma[part], take(labels, part))
-                loss = losses.edm_loss(denoised, reals[part], sigma[part]).sum() / len(reals)
-                loss.backward()
+            for x, y, sigma, noise in rounds(s.batch_gpu, reals, labels, all_sigma, all_noise):
+                denoised = self.generator(x + sigma[:, None, None, None] * noise, sigma, y)
+                loss = losses.edm_loss(denoised, x, sigma).sum() / len(reals)
+                self.update_g.backward(loss)
                 total += loss.detach()
-        self.update.follow(nimg)
-        skipped = {"G": self.update(total)}
+        self.update_g.follow(nimg)
+        skipped = {"G": self.update_g(total)}
         beta = ema_beta(s.batch, nimg, half_life=s.ema_half_life, ramp=s.ema_ramp)
-        update_ema(self.average, self.network, total.new_full((), beta))
+        update_ema(self.average, self.generator, total.new_full((), beta))
         return StepResult({"Loss/denoising": total}, skipped)
-
-    def state(self) -> dict[str, Tensor]:
-        """All that changes in training, except the average: for checkpoints."""
-        return {
-            **prefixed("generator", trainable(self.network)),
-            **prefixed("optimizer_g", self.update.state()),
-        }
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Restores `state`; UserError where it belongs to another network."""
-        load_trainable(self.network, part_of(state, "generator"), "network")
-        self.update.load_state(part_of(state, "optimizer_g"))
-
-    def blamed(self) -> dict[str, list[str]]:
-        """The parameters whose gradients were not finite when an update was last left out."""
-        return {"generator": self.update.blamed()}
-
-    def checksum(self) -> Tensor:
-        """float64, of all that trains: the same bits in all processes."""
-        return checksum(trainable(self.network))
 
     def _draw(self, reals: Tensor, iteration: int) -> tuple[Tensor, Tensor]:
         """This process's slice of the whole batch's noise levels [local] and noise."""

@@ -16,8 +16,8 @@ from fastgan.common.errors import UserError, origins, out_of_memory
 from fastgan.discriminator.base import Discriminator
 from fastgan.models import Precond
 from fastgan.training.compiled import CompiledStep
+from fastgan.training.gan import StepSettings
 from fastgan.training.state import StepResult
-from fastgan.training.step import StepSettings
 
 Inputs = tuple[Tensor | None, ...]
 Iteration = Callable[..., StepResult]

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 Logits = Sequence[Tensor]
 Kind = Literal["nonsaturating", "hinge"]
+LossOf = Callable[[Logits, Kind], Tensor]
 
 
 def _per_image(logits: Logits, elementwise: Callable[[Tensor], Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What surrounds an optimiser's step: averaging over processes, finite gradients, learning rate."""
+"""What surrounds an optimiser's step (processes, finite gradients, learning rate), and the EMA."""
 
 import copy
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from typing import Literal, TypeVar
 import torch
 from fastgan_kernels.dispatch import fused_adam
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from fastgan.common.distributed import World, all_reduce_sum
 from fastgan.common.errors import UserError
@@ -24,7 +25,7 @@ class Updater:
     `lr_factor` maps images seen to a factor on the optimiser's own learning rate. `adam`: PyTorch's
     or, where it is installed, apex's FusedAdam (UserError where not). PyTorch's leaves an update
     out without asking the host; apex's waits for the answer. `scale_losses`: gradients are those of
-    `scaled` losses, for what computes in float16.
+    scaled losses, for what computes in float16.
     """
 
     def __init__(
@@ -57,10 +58,15 @@ class Updater:
             else:
                 group["lr"] = rate
 
-    def scaled(self, loss: Tensor) -> Tensor:
-        """What to call backward on for the gradients of `loss`."""
-        return loss if self._scale is None else loss * self._scale.value
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of `loss`, scaled, to these parameters'.
 
+        Nothing is computed for another network or, in R1, down to the image.
+        """
+        scaled = loss if self._scale is None else loss * self._scale.value
+        scaled.backward(inputs=self.parameters)
+
+    @record_function("step/update")
     def __call__(self, loss: Tensor) -> Tensor:
         """Averages, checks, steps, clears; 1 where something not finite stopped the update, or 0.
 
@@ -213,6 +219,7 @@ def averaged_copy(network: Module) -> Module:
     return copy.deepcopy(network, memo=shared).requires_grad_(False).eval()
 
 
+@record_function("step/EMA")
 @torch.no_grad()
 def update_ema(average: nn.Module, network: nn.Module, beta: Tensor) -> None:
     """average <- network + beta (average - network), over the parameters that train.

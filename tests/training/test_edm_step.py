@@ -15,7 +15,7 @@ def run(step: EdmStep, iterations: int) -> list[float]:
 def test_iterations_equal_edm_written_out() -> None:
     step = edm_step()
     told = run(step, 3)
-    network = edm_step().network
+    network = edm_step().generator
     adam = torch.optim.Adam(network.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
     for k in range(3):
         draw = stream(3, "edm", k)
@@ -29,7 +29,7 @@ def test_iterations_equal_edm_written_out() -> None:
         adam.step()
         assert told[k] == pytest.approx(loss.item(), rel=1e-9)
     expected = {n: p.detach() for n, p in network.named_parameters()}
-    assert_same({n: p.detach() for n, p in step.network.named_parameters()}, expected, atol=1e-10)
+    assert_same({n: p.detach() for n, p in step.generator.named_parameters()}, expected, atol=1e-10)
 
 
 def test_rounds_are_one_batch() -> None:
@@ -58,8 +58,8 @@ def test_learning_rate() -> None:
 
 def test_the_learning_rate_is_used() -> None:
     step = edm_step(lr_factor=warmup_then_cosine(100, 1000, cosine=False))
-    before = {n: p.clone() for n, p in step.network.named_parameters()}
+    before = {n: p.clone() for n, p in step.generator.named_parameters()}
     run(step, 1)
-    assert all(torch.equal(p, before[n]) for n, p in step.network.named_parameters())
+    assert all(torch.equal(p, before[n]) for n, p in step.generator.named_parameters())
     step.run(reals(1), None, 1)
-    assert not all(torch.equal(p, before[n]) for n, p in step.network.named_parameters())
+    assert not all(torch.equal(p, before[n]) for n, p in step.generator.named_parameters())

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from fastgan.common.noise import normal, stream
 from fastgan.training.state import trainable
-from fastgan.training.step import PlainStep, Shown
-from fastgan.training.updater import averaged_copy
+from fastgan.training.step import PlainStep
+from fastgan.training.updater import Updater, averaged_copy
 from tests.training.toys import (
     ALONE,
     SHAPE,
@@ -131,8 +131,8 @@ def test_shared_fakes_of_several_rounds_are_computed_again() -> None:
     made = []
     step.generator.register_forward_hook(lambda *_: made.append(len(d.judged)))
     run(step, 1)
-    # Before and behind D's step, whose four passes judge twice each.
-    assert made == [0, 0, 8, 10]
+    # In D's step and behind it: its four passes judge twice each.
+    assert made == [0, 4, 8, 10]
     fakes, again = d.judged[0:8:4], d.judged[8::2]
     for first, second in zip(fakes, again, strict=True):
         torch.testing.assert_close(first, second, rtol=0, atol=1e-12)
@@ -254,17 +254,25 @@ def test_frozen_parameters_are_shared_unoptimised_and_untouched() -> None:
     assert_same(dict(step.discriminator.network.state_dict()), encoder)
 
 
-def test_no_gradients_are_left_and_none_reach_the_other_network() -> None:
-    step = gan_step(d := watched())
-    step._accumulate_generator(noise("G", 0), None, None)
-    assert all(p.grad is None for p in d.parameters())
-    assert all(p.grad is not None for p in trainable(step.generator).values())
-    step.update_g(torch.zeros(()))
-    step._accumulate_discriminator(reals(0), [Shown(reals(1))], None)
-    assert all(p.grad is not None for p in d.parameters())
-    step.update_d(torch.zeros(()))
-    for module in (step.generator, d):
-        assert all(p.grad is None for p in module.parameters())
+@pytest.mark.parametrize("share_fakes", [False, True])
+def test_no_gradients_are_left_and_none_reach_the_other_network(
+    share_fakes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = gan_step(d := watched(), share_fakes=share_fakes)
+    parameters = {"G": list(trainable(step.generator).values()), "D": list(d.parameters())}
+    update, found = Updater.__call__, []
+
+    def with_gradients() -> set[str]:
+        return {of for of, ps in parameters.items() if any(p.grad is not None for p in ps)}
+
+    def watch(self: Updater, loss: torch.Tensor) -> torch.Tensor:
+        found.append(with_gradients())
+        assert all(p.grad is not None for p in self.parameters)
+        return update(self, loss)
+
+    monkeypatch.setattr(Updater, "__call__", watch)
+    run(step, 1)
+    assert found == ([{"D"}, {"G"}] if share_fakes else [{"G"}, {"D"}]) and not with_gradients()
 
 
 class _Broken(Watched):
