@@ -11,11 +11,11 @@ from typing import Any
 from fastgan.checkpoint.store import EMA, META
 from fastgan.common.errors import UserError, shown
 from fastgan.common.files import parse_object
+from fastgan.common.run_state import STATE, RunState, read_state
 from fastgan.data.decode import open_image
 from fastgan.launch import checks
 from fastgan.launch.run_dir import CONFIG, read_config
 from fastgan.run_report.statistics import FILE, KIMG, RunFolder, Statistics, read_statistics
-from fastgan.training.resume import STATE, RunState, read_state
 
 LOG = "log.txt"
 MOST_WARNINGS = 100

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,23 +25,7 @@ from fastgan.training.monitor import (
     Skips,
 )
 from fastgan.training.resume import PREEMPTED, Preempted, StopRequest, how_it_ended, resume
-from fastgan.training.state import StepResult
-
-
-class Step(Protocol):
-    """One iteration of any kind of training."""
-
-    average: Precond
-
-    def run(self, reals: Tensor, labels: Tensor | None, iteration: int) -> StepResult: ...
-
-    def state(self) -> dict[str, Tensor]: ...
-
-    def load_state(self, state: dict[str, Tensor]) -> None: ...
-
-    def blamed(self) -> dict[str, list[str]]: ...
-
-    def checksum(self) -> Tensor: ...
+from fastgan.training.state import TrainingStep
 
 
 @dataclass(frozen=True)
@@ -60,7 +44,7 @@ class Schedule:
 
 
 def run_loop(
-    step: Step,
+    step: TrainingStep,
     draw: Callable[[int], tuple[Tensor, Tensor | None]],
     schedule: Schedule,
     run_dir: Path,
@@ -116,7 +100,7 @@ def run_loop(
         # All processes agree: what is checked are means over them.
         if skips.longest() >= MAX_SKIPPED:
             if main:
-                dump(run_dir, state({}), means, step.blamed())
+                _dump(run_dir, state({}), means, step.blamed())
             raise Diverged(
                 f"loss or gradients not finite in {skips.longest()} iterations in a row, "
                 f"at {nimg} images, {run_dir / 'diverged'} holds the state and names them"
@@ -199,10 +183,7 @@ def _mean_over_processes(means: dict[str, float], world: World) -> dict[str, flo
     return dict(zip(means, (all_reduce_sum(values) / world.size).tolist(), strict=True))
 
 
-FOLDER = "diverged"
-
-
-def dump(
+def _dump(
     run_dir: Path, state: Checkpoint, means: dict[str, float], blamed: dict[str, list[str]]
 ) -> Path:
     """Writes `diverged/`: the state as a checkpoint of its own, and why.json; returns the folder.
@@ -211,7 +192,7 @@ def dump(
     fails again. `means` are the last tick's; `blamed` names the parameters, by network, whose
     gradients were not finite.
     """
-    folder = run_dir / FOLDER
+    folder = run_dir / "diverged"
     save_checkpoint(folder, state, keep=1)
     why = {
         "nimg": state.nimg,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgan.training.resume import RunState, Status, write_state
+from fastgan.common.run_state import RunState, Status, write_state
 
 
 class Averages:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any, get_args
 
-from fastgan.training.resume import RunState, Status, read_state
+from fastgan.common.run_state import RunState, Status, read_state
 from tests.hostile.damage import damaged
 from tests.hostile.harness import Case, Suite, assert_harmless
 

@@ -21,9 +21,10 @@ import torch
 
 from fastgan.checkpoint.store import load_checkpoint
 from fastgan.common.errors import UserError
+from fastgan.common.run_state import read_state
 from fastgan.training.loop import Schedule, run_loop
 from fastgan.training.monitor import Diverged
-from fastgan.training.resume import read_state, resume
+from fastgan.training.resume import resume
 from tests.conftest import TINY
 from tests.reliability.ptrace import Call, Kill, Traced, in_child, run_traced, tree
 from tests.reliability.soak import differences

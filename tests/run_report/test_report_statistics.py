@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastgan.common.run_state import RunState, write_state
 from fastgan.run_report.curves import MOST_POINTS, Chart, Curve, curves, draw, thinned, undecided
 from fastgan.run_report.page import duration, number
 from fastgan.run_report.run import read_run
 from fastgan.run_report.statistics import RunFolder, Statistics, read_statistics
 from fastgan.training import losses
 from fastgan.training.monitor import Diverged, Health
-from fastgan.training.resume import RunState, how_it_ended, write_state
+from fastgan.training.resume import how_it_ended
 from tests.run_report.pages import make_run, metric, tick
 from tests.training.test_loop import Counting, train
 from tests.training.toys import diffusion_heads, generator, reals
