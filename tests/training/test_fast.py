@@ -8,35 +8,21 @@ import torch
 from torch import Tensor
 
 from fastgan.common.errors import UserError
-from fastgan.discriminator.base import Discriminator
 from fastgan.training.fast import WARMUP, Replayed
 from fastgan.training.state import StepResult
 from fastgan.training.step import PlainStep
-from fastgan.training.updater import averaged_copy
 from tests.training.tape import Tape, TapedStep
-from tests.training.toys import (
-    ALONE,
-    assert_same,
-    diffusion_heads,
-    everything,
-    generator,
-    one_hot,
-    reals,
-    settings,
-)
+from tests.training.toys import assert_same, everything, gan_step, one_hot, reals
 
-
-def make(
-    kind: type[PlainStep], discriminator: Discriminator | None = None, label_dim: int = 0, **changes
-) -> PlainStep:
-    network = generator(label_dim=label_dim)
-    heads = discriminator or diffusion_heads(network, ("color", "translation", "cutout"))
-    return kind(network, averaged_copy(network), heads, settings(**changes), ALONE)
+AUGMENT = ("color", "translation", "cutout")
 
 
 def both(iterations: int, first: int = 0, label_dim: int = 0, **changes):
     """Plain and taped steps after the same iterations; asserts that they report the same."""
-    plain, taped = (make(kind, label_dim=label_dim, **changes) for kind in (PlainStep, TapedStep))
+    plain, taped = (
+        gan_step(kind=kind, label_dim=label_dim, augment=AUGMENT, **changes)
+        for kind in (PlainStep, TapedStep)
+    )
     for k in range(first, first + iterations):
         labels = one_hot(k, label_dim) if label_dim else None
         expected, told = (s.run(reals(k), labels, k) for s in (plain, taped))
@@ -68,7 +54,7 @@ def test_replays_equal_the_plain_step_bitwise(changes: dict[str, Any]) -> None:
 
 
 def test_an_update_left_out_in_a_replay_changes_nothing() -> None:
-    step = make(TapedStep, r1_interval=0)
+    step = gan_step(kind=TapedStep, r1_interval=0)
     for k in range(WARMUP + 2):
         step.run(reals(k), None, k)
     before = everything(step)
@@ -101,7 +87,7 @@ def test_a_state_loaded_after_recording_is_the_one_that_trains() -> None:
 
 
 def test_frozen_parameters_stay() -> None:
-    step = make(TapedStep)
+    step = gan_step(kind=TapedStep)
     frozen = {n: p.clone() for n, p in step.generator.named_parameters() if not p.requires_grad}
     for k in range(8):
         step.run(reals(k), None, k)

@@ -16,18 +16,9 @@ from fastgan.performance.live_step import live_step, measured_config, tiny_overr
 from fastgan.training.compiled import CompiledStep
 from fastgan.training.fast import WARMUP, FastStep
 from fastgan.training.step import PlainStep
-from fastgan.training.updater import averaged_copy
 from tests.command_line import CommandLine
 from tests.training.tape import TapedStep
-from tests.training.toys import (
-    ALONE,
-    assert_same,
-    diffusion_heads,
-    everything,
-    generator,
-    reals,
-    settings,
-)
+from tests.training.toys import assert_same, everything, gan_step, reals
 
 CHECKPOINT = "generator.checkpoint=true"
 
@@ -35,11 +26,9 @@ CHECKPOINT = "generator.checkpoint=true"
 def after(
     iterations: int, kind: type[PlainStep], recomputed: bool, **changes: Any
 ) -> dict[str, Tensor]:
-    network = generator()
-    heads = diffusion_heads(network, ("color",))
+    step = gan_step(kind=kind, augment=("color",), **changes)
     if recomputed:
-        recompute_blocks(network)
-    step = kind(network, averaged_copy(network), heads, settings(**changes), ALONE)
+        recompute_blocks(step.generator)
     for k in range(iterations):
         step.run(reals(k), None, k)
     return everything(step)

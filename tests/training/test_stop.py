@@ -17,11 +17,10 @@ from fastgan.training.resume import PREEMPTED, SIGNALS, Preempted
 from fastgan.training.state import StepResult
 from fastgan.training.step import PlainStep
 from tests.conftest import TINY
-from tests.processes import ROOT, two_processes
+from tests.processes import ROOT
 from tests.training.toys import ALONE, assert_same, everything, gan_step, reals
 
 TOTAL = 32
-_WORKER = "from tests.training.test_stop import worker; worker()"
 
 
 def train(step: PlainStep, run_dir: Path, world: distributed.World = ALONE) -> None:
@@ -79,24 +78,6 @@ def test_asked_in_the_last_iteration_it_is_done(tmp_path: Path) -> None:
     stop_in(step, TOTAL // 4 - 1, signal.SIGTERM)
     train(step, tmp_path)
     assert state(tmp_path)["status"] == "done"
-
-
-def test_one_process_is_asked_and_both_save(tmp_path: Path) -> None:
-    two_processes(_WORKER, str(tmp_path), expected=PREEMPTED)
-    assert state(tmp_path)["status"] == "preempted" and state(tmp_path)["nimg"] == 12
-
-
-def worker() -> None:
-    torch.set_num_threads(1)
-    world = distributed.init("cpu", timeout_seconds=60)
-    step = gan_step(world=world, batch_gpu=2)
-    if world.rank == 1:
-        stop_in(step, 2, signal.SIGUSR1)
-    try:
-        train(step, Path(sys.argv[1]), world)
-    except Preempted:
-        distributed.shutdown()
-        sys.exit(PREEMPTED)
 
 
 def test_the_command_answers_75(tmp_path: Path) -> None:

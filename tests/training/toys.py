@@ -99,17 +99,20 @@ def generator(level: int = 1, label_dim: int = 0, dtype: torch.dtype = torch.flo
 def gan_step(
     discriminator: Discriminator | None = None,
     *,
+    kind: type[PlainStep] = PlainStep,
     level: int = 1,
     label_dim: int = 0,
+    dtype: torch.dtype = torch.float64,
+    augment: tuple[str, ...] = (),
     world: World = ALONE,
     **changes: object,
 ) -> PlainStep:
-    """A float64 step; without a discriminator, heads (no BatchNorm) on the tiny network itself."""
-    network = generator(level, label_dim)
+    """A step; without a discriminator, heads (no BatchNorm) on the tiny network itself."""
+    network = generator(level, label_dim, dtype)
     if discriminator is None:
-        discriminator = diffusion_heads(network)
+        discriminator = diffusion_heads(network, augment)
     average = averaged_copy(network)
-    return PlainStep(network, average, discriminator, settings(**changes), world)
+    return kind(network, average, discriminator, settings(**changes), world)
 
 
 def edm_step(world: World = ALONE, dropout: float = 0.0, **changes: object) -> EdmStep:
