@@ -54,7 +54,7 @@ clean: ## remove caches and builds (not .venv, not runs/)
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks build dist
 	@find fastgan kernels benchmarks tools tests -name __pycache__ -prune -exec rm -rf {} +
 
-.venv/.ready: pyproject.toml
+.venv/.ready: pyproject.toml constraints.txt
 	@fail() { echo "error: $$1" >&2; exit 1; }; \
 	for python in $(PYTHONS) none; do \
 	    "$$python" -c 'import ensurepip, sys, venv; \
@@ -66,7 +66,7 @@ clean: ## remove caches and builds (not .venv, not runs/)
 	    "no C++ compiler, on PATH, install g++ or clang++ (torch.compile on the CPU calls it)"; \
 	echo "$$python: installing into .venv, which takes a minute or more"; \
 	$(PYTHON) -m pip --version >/dev/null 2>&1 || "$$python" -m venv .venv && \
-	$(PYTHON) -m pip install -qq --disable-pip-version-check -e '.[dev]' && \
+	$(PYTHON) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]' && \
 	touch $@
 
 .venv-torch211/.ready: pyproject.toml

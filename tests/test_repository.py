@@ -1,8 +1,6 @@
-"""What no other test sees: the shape of the repository, its documents and who imports whom."""
+"""What no other test sees: the repository's files, its documents and its experiments."""
 
-import ast
 import re
-import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import get_type_hints
@@ -15,32 +13,13 @@ from fastgan import config as cfg
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("kernels", "fastgan", "tools", "tests", "benchmarks", "configs", "docs", ".ci")
 TEXT = {".py", ".md", ".yaml", ".toml", ".json", ".jsonl", ".svg", ".sbatch", ""}
-MAX_LINES = 400
+# An op of kernels/ with its device code, launcher and derivative stays in one file.
+MAX_LINES, MAX_LINES_OF_AN_OP = 400, 600
 # Assembled, so that this file does not match its own pattern.
 ROOTS = "|".join(("work", "root", "home", "Users"))
 MACHINE_PATH = re.compile(rf"(?<![\w.:/-])/(?:{ROOTS})/")
 
 EXPERIMENTS = {path.stem: path for path in (ROOT / "configs/experiment").glob("*.yaml")}
-# Who must not import what: the rows of docs/architecture.md from the bottom up.
-CONFIGURATION = {f"fastgan.{n}" for n in ("config", "cli", "build", "engine", "run", "run_dir")}
-COMMANDS = {f"fastgan.{name}" for name in ("train", "pretrain", "sample", "evaluate")}
-HYDRA = {"hydra", "omegaconf"}
-OUTPUTS = {f"fastgan.{name}" for name in ("performance", "run_report", "export")}
-ABOVE_TRAINING = {"tools", *OUTPUTS, *HYDRA, *CONFIGURATION, *COMMANDS}
-ABOVE_PARTS = {"fastgan.training", *ABOVE_TRAINING}
-PARTS = ("models", "discriminator", "data", "evaluation", "checkpoint", "sampling")
-ABOVE_GROUND = {*(f"fastgan.{name}" for name in PARTS), *ABOVE_PARTS}
-GROUND = ("errors", "files", "noise", "seeding", "distributed", "precision", "vision")
-GROUND += ("compile_cache",)
-# What may be read of the configuration by who only reads runs.
-READ = {"fastgan.config", "fastgan.launch.run_dir"}
-FORBIDDEN = {
-    "run_report": {"tools", *HYDRA, *COMMANDS, *(CONFIGURATION - READ)},
-    "export": {"tools", "fastgan.performance", "fastgan.training", *HYDRA, *COMMANDS},
-    "training": ABOVE_TRAINING,
-    **dict.fromkeys(PARTS, ABOVE_PARTS),
-    **dict.fromkeys(GROUND, ABOVE_GROUND),
-}
 
 
 def text_files() -> list[Path]:
@@ -63,22 +42,6 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def imports(path: Path) -> set[str]:
-    """Dotted names that a file imports anywhere: `from a import b` gives a and a.b."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found
-
-
-def reaches(imported: set[str], forbidden: set[str]) -> set[str]:
-    """The imported names that are, or lie inside, a forbidden module."""
-    return {i for i in imported for f in forbidden if i == f or i.startswith(f + ".")}
-
-
 def test_the_files_are_found() -> None:
     found = {name_of(path) for path in text_files()}
     assert {"Makefile", "README.md", "pyproject.toml", ".ci/run", "fastgan/launch/cli.py"} <= found
@@ -99,40 +62,9 @@ def test_no_machine_path() -> None:
 
 
 def test_python_files_are_short_and_ascii() -> None:
-    assert [name_of(p) for p in python_files() if len(p.read_text().splitlines()) > MAX_LINES] == []
+    most = {p: MAX_LINES_OF_AN_OP if "kernels" in p.parts else MAX_LINES for p in python_files()}
+    assert [name_of(p) for p, n in most.items() if len(p.read_text().splitlines()) > n] == []
     assert [name_of(p) for p in python_files() if not p.read_bytes().isascii()] == []
-
-
-@pytest.mark.parametrize("row", FORBIDDEN)
-def test_imports_point_downwards(row: str) -> None:
-    module = ROOT / "fastgan" / f"{row}.py"
-    files = [module] if module.exists() else sorted((ROOT / "fastgan" / row).rglob("*.py"))
-    assert files
-    wrong = {name_of(path): reaches(imports(path), FORBIDDEN[row]) for path in files}
-    assert {path: names for path, names in wrong.items() if names} == {}
-
-
-def test_the_package_does_not_import_tools_or_tests() -> None:
-    others = {path.stem for path in (ROOT / "tools").glob("*.py")} | {"tools", "tests"}
-    files = sorted((ROOT / "fastgan").rglob("*.py"))
-    wrong = {name_of(path): reaches(imports(path), others) for path in files}
-    assert {path: names for path, names in wrong.items() if names} == {}
-
-
-def test_kernels_stand_alone() -> None:
-    """Tensors only: torch, triton, the standard library, and apex and xformers if they exist."""
-    allowed = {"torch", "triton", "kernels", "apex", "xformers"} | sys.stdlib_module_names
-    wrong = {
-        name_of(path): {i for i in imports(path) if i.partition(".")[0] not in allowed}
-        for path in (ROOT / "kernels").glob("*.py")
-    }
-    assert len(wrong) > 10 and not any(wrong.values()), wrong
-
-
-def test_the_import_check_can_fail(tmp_path: Path) -> None:
-    file = tmp_path / "x.py"
-    file.write_text("def f():\n    from fastgan import build\n    import hydra.core\n")
-    assert reaches(imports(file), ABOVE_PARTS) == {"fastgan.launch.build", "hydra.core"}
 
 
 def test_links_between_documents_resolve() -> None:

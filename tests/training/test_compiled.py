@@ -100,6 +100,7 @@ def projected() -> ProjectedDiscriminator:
     return ProjectedDiscriminator([Levels()]).double().train()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @torch._dynamo.config.patch(recompile_limit=8)
 def test_two_backbones_and_two_layouts_stay_within_what_dynamo_keeps(
