@@ -196,8 +196,7 @@ def count_iteration(
 ) -> Iteration:
     """What an iteration of `config` does; arguments and errors as for `iteration_flop`."""
     if architecture is None:
-        path = config.init.path
-        architecture = config.init.network if path is None else _described(path, "init.path")
+        architecture = architecture_of(config)
     schedule = (config.generator, config.freeze, config.share_fakes, config.loss.r1_interval)
     key = repr((architecture, config.discriminator, schedule))
     if key not in _counted:
@@ -241,6 +240,12 @@ def _network(architecture: Mapping[str, Any]) -> Precond:
     images = {"img_resolution": 32, "img_channels": 3}
     fixed = {"precond": "D2OPrecond", "dropout": 0.0}
     return network_from_config({**images, **architecture, **fixed})
+
+
+def architecture_of(config: cfg.TrainConfig) -> Mapping[str, Any]:
+    """The generator's, of init.path or init.network. UserError: no such file, or none of ours."""
+    path = config.init.path
+    return config.init.network if path is None else _described(path, "init.path")
 
 
 def _described(path: str, key: str) -> Mapping[str, Any]:

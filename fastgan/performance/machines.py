@@ -87,18 +87,15 @@ def assumptions(machine: Machine, measured: Measured) -> Assumptions:
         "network_bandwidth": Assumption(25e9, "B/s per GPU between nodes: 200 Gb/s", seen),
     }
     file, values = measured.get(machine.name, ("", {}))
-    source = f"measured, {file}"
-
-    def put(key: str, value: float, source: str = source) -> None:
-        found[key] = replace(found[key], value=value, source=source)
-
-    for key, value in values.items():
-        put(key, value)
-    if "matmul_rate" in values:
-        put("sustained_share", 1.0, "they are such a product's")
+    values = dict(values)
     best = max(values.get(f"conv_{d}_efficiency", 0.0) for d in ("forward", "dgrad"))
     if best > found["floor_efficiency"].value:
-        put("floor_efficiency", best)
+        values["floor_efficiency"] = best
+    for key, value in values.items():
+        found[key] = replace(found[key], value=value, source=f"measured, {file}")
+    if "matmul_rate" in values:
+        source = "they are such a product's"
+        found["sustained_share"] = replace(found["sustained_share"], value=1.0, source=source)
     return found
 
 
@@ -156,23 +153,9 @@ def full_speed(
     return world.size * peaks[0] / iteration_flop(config, architecture) if peaks else None
 
 
-def copy_bandwidth(device: torch.device, elements: int = 2**29) -> list[float]:
-    """Bytes read plus bytes written per second by copies of so many bfloat16 numbers; samples."""
-    source = torch.randn(elements, device=device).to(torch.bfloat16)
-    target = torch.empty_like(source)
-    return [2 * source.nbytes / t for t in _seconds(lambda: target.copy_(source))]
-
-
 def product_rate(device: torch.device, dtype: torch.dtype, side: int = 8192) -> list[float]:
-    """FLOP per second of products of two side x side matrices of random numbers; samples.
-
-    float32 is multiplied as the process's TF32 setting says.
-    """
+    """FLOP per second of a product of two side x side matrices of random numbers, in blocks of
+    calls; float32 as the process's TF32 setting says."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    product = torch.empty_like(a)
-    return [2 * side**3 / t for t in _seconds(lambda: torch.mm(a, b, out=product))]
-
-
-def _seconds(call: Any) -> list[float]:
-    """Per call, of several blocks of calls after a warm-up; a GPU is synchronised between them."""
-    return Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=0.5).times
+    timer = Timer("torch.mm(a, b, out=c)", globals={"a": a, "b": b, "c": torch.empty_like(a)})
+    return [2 * side**3 / t for t in timer.blocked_autorange(min_run_time=0.5).times]
