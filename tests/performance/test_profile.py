@@ -12,6 +12,7 @@ import torch
 from fastgan_kernels.aot.__main__ import builds
 
 from fastgan.performance.profile import KINDS, WINDOW, kind_of, read_events, summary, table
+from tests.command_line import network_file
 
 TOOL = Path(__file__).parents[2] / "tools" / "profile_step.py"
 ATEN = "void at::native::"
@@ -87,13 +88,14 @@ def test_kinds_by_the_names_of_kernels_and_operators(kind: str) -> None:
 
 
 def test_our_own_kernels() -> None:
-    expected = {"norm_silu_triton": "norm", "resample": "resampling", "add": "other"}
-    expected["resize_normalize"] = "resampling"
-    ops = {"resize_normalize": ["fastgan::resize_normalize"]}
+    kinds = {"_kernel": "resampling", "_adjoint_kernel": "resampling", "_add_kernel": "other"}
     found = {(b.module, b.kernel) for b in builds([torch.bfloat16])}
-    assert {module for module, _ in found} == set(expected)
+    assert set(kinds) < {kernel for _, kernel in found}
     for module, kernel in found:
-        assert kind_of([kernel, *ops.get(module, [])]) == expected[module], kernel
+        # The only one whose name is a norm's too is known by its operator.
+        resized = module == "resize_normalize"
+        names = [kernel, *(["fastgan::resize_normalize"] if resized else [])]
+        assert kind_of(names) == ("resampling" if resized else kinds.get(kernel, "norm")), kernel
 
 
 def test_a_nameless_kernel_is_what_launched_it() -> None:
@@ -194,8 +196,10 @@ def command(
 
 def test_the_command(tmp_path: Path, command: Callable[..., tuple[object, str, str]]) -> None:
     out = tmp_path / "new" / "folder"
-    fast = ["--iterations", 1, "--warmup", 1, "--tiny", "device=cpu", "share_fakes=false"]
-    code, told, _ = command("experiment=demo", *fast, "loss.r1_interval=2", "--r1", "--out", out)
+    init = f"init.path={network_file(tmp_path / 'tiny.safetensors')}"
+    small = ("--tiny", "device=cpu", init, "loss.r1_interval=2", "share_fakes=false")
+    once = ("--iterations", 1, "--warmup", 1, "--r1", "--out", out)
+    code, told, _ = command("experiment=demo", *small, *once)
     assert code == 0
     names = ["profile.json", "trace-r1.json.gz", "trace.json.gz"]
     assert sorted(p.name for p in out.iterdir()) == names
@@ -207,7 +211,7 @@ def test_the_command(tmp_path: Path, command: Callable[..., tuple[object, str, s
     clocked = report["seconds_per_iteration"]
     assert clocked["n"] == len(clocked["samples"]) == 1
     assert report["img_per_sec"] == pytest.approx(2 / clocked["median"])
-    assert report["seconds_to_first_step"] > 0 and report["gflop_per_image"] > 0.1
+    assert report["seconds_to_first_step"] > 0 and report["gflop_per_image"] > 1e-3
     assert report["peak_memory_bytes"] is None and report["mfu"] is None
     plain, r1 = report["profiles"]["step"], report["profiles"]["r1"]
     for found, parity in ((plain, 1), (r1, 0)):
