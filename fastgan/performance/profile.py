@@ -120,9 +120,9 @@ def summary(
 ) -> dict[str, Any]:
     """Milliseconds per iteration inside the trace's range WINDOW, which holds `iterations`.
 
-    `kinds` (with `gaps`) and `parts` (the path of phases, G/generate ...) each add up to
-    `milliseconds`; `phases` has the kinds by outermost phase; `longest` the names that take most.
-    `on_device`: kernels and copies of the GPU; otherwise operators of the CPU.
+    `phases` has them by path of phases (G/generate; G itself is what is in none of its parts, its
+    backward pass first of all) and kind, `kinds` without the phases: with `gaps` these add up to
+    `milliseconds`. `on_device`: kernels and copies of the GPU; otherwise operators of the CPU.
     """
     spans = [
         Span(e["name"], e["cat"], e["tid"], e["ts"], e["ts"] + e.get("dur", 0), e.get("args", {}))
@@ -135,54 +135,41 @@ def summary(
     window = next(span for span in host if span.name == WINDOW)
     ranges = [s for s in host if s.name.startswith(PREFIX)]
     ran = _on_device(spans, host, window) if on_device else _on_host(host, window)
-    works = []
-    for span, launch, microseconds in ran:
+    engine = "autograd::engine::evaluate_function"  # adds up gradients too, none of the node's work
+    phases: dict[str, Counter[str]] = {}
+    names: Counter[tuple[str, str]] = Counter()
+    for span, launch, nanoseconds in ran:
         moment = launch.start if launch else -1.0
         path = [s.name.removeprefix(PREFIX) for s in ranges if s.start <= moment < s.end]
-        operators = [s.name for s in launch.around() if _says(s)] if launch else []
+        operators = [s.name for s in (launch.around() if launch else ()) if s.category == "cpu_op"]
+        operators = [name for name in operators if not name.startswith(engine)]
         kind = kind_of([span.name, *operators], path[-1] if path else None)
-        works.append(("/".join(path) or OUTSIDE, kind, span.name, microseconds / 1e3 / iterations))
+        phases.setdefault("/".join(path) or OUTSIDE, Counter())[kind] += nanoseconds
+        names[span.name, kind] += nanoseconds
 
-    kinds = _sums((kind, ms) for _, kind, _, ms in works)
-    phases: dict[str, dict[str, float]] = {}
-    for (phase, kind), ms in _sums(((w[0].partition("/")[0], w[1]), w[3]) for w in works).items():
-        phases.setdefault(phase, {})[kind] = ms
-    by_name = _sums(((name, kind), ms) for _, kind, name, ms in works)
-    calls = Counter((name, kind) for _, kind, name, _ in works)
-    total = (window.end - window.start) / 1e3 / iterations
-    gaps = {GAPS: total - sum(kinds.values())}
+    per_iteration = 1 / 1e6 / iterations
+    total = 1e3 * (window.end - window.start) * per_iteration
+    kinds = {kind: per_iteration * sum(p[kind] for p in phases.values()) for kind in KINDS}
     counted = [s for s in spans if s.category == ("kernel" if on_device else "cpu_op")]
     return {
         "iterations": iterations,
         "milliseconds": total,
-        "kinds": {kind: kinds.get(kind, 0.0) for kind in KINDS} | gaps,
-        "parts": _sums((part, ms) for part, _, _, ms in works) | gaps,
-        "phases": phases,
+        "kinds": kinds | {GAPS: total - sum(kinds.values())},
+        "phases": {
+            path: {kind: per_iteration * spent for kind, spent in phases[path].items()}
+            for path in sorted(phases)
+        },
         "launches": sum(window.start <= s.start < window.end for s in counted) / iterations,
         "longest": [
-            {"name": n, "kind": k, "milliseconds": ms, "calls": calls[n, k] / iterations}
-            for (n, k), ms in sorted(by_name.items(), key=lambda item: -item[1])[:25]
+            {"name": name, "kind": kind, "milliseconds": per_iteration * spent}
+            for (name, kind), spent in names.most_common(25)
         ],
     }
 
 
-def _sums(pairs: Iterable[tuple[Any, float]]) -> dict[Any, float]:
-    """What stands beside equal keys, added up; keys in order."""
-    sums: dict[Any, float] = {}
-    for key, value in sorted(pairs):
-        sums[key] = sums.get(key, 0.0) + value
-    return sums
-
-
 _LAUNCHES = ("cuda_runtime", "cuda_driver")
-_Ran = list[tuple[Span, Span | None, float]]
-"""What ran, the operator or call on the host that started it, microseconds that are its own."""
-
-
-def _says(span: Span) -> bool:
-    # Around every node of a backward pass; adding up gradients there is none of the node's work.
-    engine = "autograd::engine::evaluate_function"
-    return span.category == "cpu_op" and not span.name.startswith(engine)
+_Ran = list[tuple[Span, Span | None, int]]
+"""What ran, the operator or call on the host that started it, nanoseconds that are its own."""
 
 
 def _nest(spans: Iterable[Span]) -> None:
@@ -207,7 +194,7 @@ def _on_device(spans: Iterable[Span], host: Iterable[Span], window: Span) -> _Ra
             if begins < ends:
                 launch = by_operator.get(span.arguments.get("External id", -1))
                 launch = launch or by_call.get(span.arguments.get("correlation", -1))
-                ran.append((span, launch, ends - begins))
+                ran.append((span, launch, round(1e3 * (ends - begins))))
                 now = ends
     return ran
 
@@ -220,7 +207,7 @@ def _on_host(host: Iterable[Span], window: Span) -> _Ran:
         caller = next((s for s in span.around() if s is not span and id(s) in own), None)
         if caller is not None:
             own[id(caller)] -= span.end - span.start
-    return [(span, span, own[id(span)]) for span in inside]
+    return [(span, span, round(1e3 * own[id(span)])) for span in inside]
 
 
 @dataclass(frozen=True)
@@ -241,11 +228,24 @@ def profile_step(config: cfg.TrainConfig, request: Request) -> dict[str, Any]:
     Returns what profile.json holds; times in it are per iteration. UserError: a setting that cannot
     run here, a folder that cannot be written, too little memory.
     """
-    for option in ("iterations", "warmup"):
-        if getattr(request, option) < 1:
-            value = getattr(request, option)
-            raise UserError(f"--{option} {value} is out of range, 1 or more would be right")
     device = torch.device(config.device.value)
+    _check(config, request, device)
+    try:
+        report = _provenance(config, request, device) | _measured(config, request, device)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory with {config.batch_gpu or config.batch} images per pass, "
+            f"on {_name(device)}, a smaller batch_gpu would fit"
+        ) from error
+    with replace_atomically(request.out / "profile.json") as file:
+        file.write((json.dumps(report, indent=1) + "\n").encode())
+    return report
+
+
+def _check(config: cfg.TrainConfig, request: Request, device: torch.device) -> None:
+    for option, value in (("iterations", request.iterations), ("warmup", request.warmup)):
+        if value < 1:
+            raise UserError(f"--{option} {value} is out of range, 1 or more would be right")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but no GPU is there, device=cpu would be a dry run")
     if config.batch_gpu == checks.AUTO:
@@ -263,16 +263,6 @@ def profile_step(config: cfg.TrainConfig, request: Request) -> dict[str, Any]:
         raise UserError(
             f"cannot be made ({error.strerror}), {request.out}, --out FOLDER would name another"
         ) from error
-    try:
-        report = _provenance(config, request, device) | _measured(config, request, device)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory with {config.batch_gpu or config.batch} images per pass, "
-            f"on {_name(device)}, a smaller batch_gpu would fit"
-        ) from error
-    with replace_atomically(request.out / "profile.json") as file:
-        file.write((json.dumps(report, indent=1) + "\n").encode())
-    return report
 
 
 def _measured(config: cfg.TrainConfig, request: Request, device: torch.device) -> dict[str, Any]:
@@ -353,10 +343,10 @@ def _profiled(
             _synchronise(device)
         profiler.step()
     with tempfile.TemporaryDirectory(dir=path.parent) as aside:
-        written = Path(aside) / path.name
+        written = Path(aside, path.name)
         profiler.export_chrome_trace(str(written))
         found = summary(read_events(written), PROFILED_ITERATIONS, on_device=on_device)
-        os.replace(written, path)
+        written.replace(path)
     return {"trace": path.name, **found}
 
 
@@ -390,36 +380,37 @@ def _provenance(config: cfg.TrainConfig, request: Request, device: torch.device)
 
 def table(report: dict[str, Any]) -> str:
     """What is printed: speed, share of the peak and memory, then milliseconds of every profile."""
-    clocked, peak, mfu = (report[k] for k in ("seconds_per_iteration", "peak_memory_bytes", "mfu"))
-    settings = " ".join(f"{k}={report[k]}" for k in ("engine", "precision", "kernels", "batch"))
-    work = f"{report['gflop_per_image']:.4g} GFLOP per image"
-    utilisation = f"not known on a CPU ({work})"
-    if mfu is not None:
-        rate = report["matmul_flop_per_sec"] / 1e12
-        utilisation = f"{mfu:.1%} ({work}, {rate:.3g} TFLOP/s in products of bf16 matrices)"
+    clocked, memory, mfu = (
+        report[k] for k in ("seconds_per_iteration", "peak_memory_bytes", "mfu")
+    )
+    keys = ("engine", "precision", "kernels", "batch", "batch_gpu")
+    settings = " ".join(f"{key}={report[key]}" for key in keys)
+    rate = (report["matmul_flop_per_sec"] or 0) / 1e12
+    share = f"{mfu:.1%}, of {rate:.3g} TFLOP/s in products" if mfu else "not known on a CPU"
+    size = " (shrunk)" if report["tiny"] else ""
     lines = [
-        f"{report['experiment']}{' (shrunk)' if report['tiny'] else ''} {settings} "
-        f"batch_gpu={report['batch_gpu']} on {report['device_name']}",
+        f"{report['experiment']}{size} {settings} on {report['device_name']}",
         *([report["note"]] if report["note"] else []),
         f"img/s: {report['img_per_sec']:.4g} (median of {clocked['n']} iterations, "
         f"{1e3 * clocked['median']:.1f} ms each without the profiler)",
-        f"MFU: {utilisation}",
-        f"peak memory: {'not counted on a CPU' if peak is None else f'{peak / 2**30:.2f} GiB'}",
+        f"MFU: {share} ({report['gflop_per_image']:.4g} GFLOP per image)",
+        f"peak memory: {f'{memory / 2**30:.2f} GiB' if memory else 'not counted on a CPU'}",
         f"time to first step: {report['seconds_to_first_step']:.1f} s",
     ]
     for name, found in report["profiles"].items():
-        title = f"Step {'with' if name == 'r1' else 'without'} R1, milliseconds per iteration"
-        lines += ["", title, *_rows(found), f"{found['launches']:.0f} launches per iteration"]
+        with_r1 = "with" if name == "r1" else "without"
+        lines += ["", f"Step {with_r1} R1, milliseconds per iteration", *_rows(found)]
+        lines.append(f"{found['launches']:.0f} launches per iteration")
     return "\n".join(lines)
 
 
 def _rows(found: dict[str, Any]) -> Iterator[str]:
-    """By kind and phase, then by part of a phase; a phase's own row is what is in none of them, of
-    G, D and R1 their backward passes."""
-    total, phases = found["milliseconds"], found["phases"]
-    yield f"{'kind':<14}{'all':>12}{'share':>9}" + "".join(f"{phase:>12}" for phase in phases)
-    for kind, spent in found["kinds"].items():
-        cells = "".join(f"{of_phase.get(kind, 0):>12.3f}" for of_phase in phases.values())
-        yield f"{kind:<14}{spent:>12.3f}{spent / total:>9.1%}{cells if kind != GAPS else ''}"
-    for part, spent in [("total", total), ("part", None), *found["parts"].items()]:
-        yield f"\n{part}" if spent is None else f"{part:<14}{spent:>12.3f}{spent / total:>9.1%}"
+    """Phases by kind, then all of them together."""
+    total, shown = found["milliseconds"], [k for k in KINDS if found["kinds"][k]]
+    yield f"{'phase':<14}{'all':>10}{'share':>8}" + "".join(f"{kind:>13}" for kind in shown)
+    for path, kinds in [*found["phases"].items(), ("all", found["kinds"])]:
+        spent = sum(kinds[kind] for kind in shown if kind in kinds)
+        cells = "".join(f"{kinds.get(kind, 0):>13.3f}" for kind in shown)
+        yield f"{path:<14}{spent:>10.3f}{spent / total:>8.1%}{cells}"
+    gaps = found["kinds"][GAPS]
+    yield f"{GAPS:<14}{gaps:>10.3f}{gaps / total:>8.1%}"
