@@ -75,22 +75,20 @@ class Budget:
 
     def as_json(self) -> dict[str, object]:
         """One entry of `tools/budget.py --json`; speeds are null where the batch does not split."""
-        counted, possible = self.iteration, self.problem is None
+        counted = self.iteration
+        speeds = ("batch_gpu", "floor_img_s", "expected_img_s", "hours_5m")
         return {
             "experiment": self.experiment,
             "machine": self.machine.name,
             "gpus": self.gpus,
             "batch": self.batch,
-            "batch_gpu": self.batch_gpu if possible else None,
             "precision": self.precision.value,
             "computed": True,
             "g_forward_gflop": flop(counted.layers("generator")) / 1e9,
             "d_forward_gflop": flop(counted.layers("features", "heads")) / 1e9,
             "iteration_gflop": counted.flop / 1e9,
             "allreduce_bytes": counted.allreduce_bytes,
-            "floor_img_s": self.floor_img_s if possible else None,
-            "expected_img_s": self.expected_img_s if possible else None,
-            "hours_5m": self.hours_5m if possible else None,
+            **{name: None if self.problem else getattr(self, name) for name in speeds},
             "problem": self.problem,
             "assumptions": {k: asdict(a) for k, a in self.assumptions.items()},
         }

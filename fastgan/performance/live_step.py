@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fastgan import config as cfg
 from fastgan.common.distributed import World
@@ -64,9 +63,6 @@ class LiveStep:
     def run(self, iteration: int) -> StepResult:
         reals, labels = self.draw(iteration)
         return self.step.run(reals, labels, iteration)
-
-    def state(self) -> dict[str, Tensor]:
-        return self.step.state()
 
 
 def measured_config(experiment: str, overrides: list[str]) -> cfg.TrainConfig:

@@ -35,23 +35,22 @@ from fastgan.performance.iteration import iteration_flop
 from fastgan.performance.live_step import LiveStep, live_step
 from fastgan.performance.machines import product_rate
 
-PREFIX = "step/"
 WINDOW = "profiled iterations"
 """The range that the analysis is confined to."""
 # Their trace still opens in a browser: an iteration of the largest network has some 1e5 events.
 PROFILED_ITERATIONS = 2
-CPU_NOTE = "measured on a CPU: a check that everything runs, none of these numbers is a speed"
+_NOTE = "measured on a CPU: a check that everything runs, none of these numbers is a speed"
 GAPS, OUTSIDE = "gaps", "outside"
+_LAUNCHES = ("cuda_runtime", "cuda_driver")
 KINDS = ("convolution", "norm", "attention", "optimiser", "copies", "resampling", "other")
-# The first pattern found in a name in lower case: ATen's, cuDNN's, cuBLAS's, CUTLASS's, apex's, our
-# own; Inductor's by the heaviest operation that they fuse (`tem`: its templates of products, `for`:
-# its foreach kernels). Matrix products outside attention count as convolutions (1x1 ones and
-# embeddings), SiLU as the norm that most engines fuse it into.
+# The first pattern found in a name in lower case; Inductor's by the heaviest operation in it (`tem`:
+# templates of products, `for`: foreach kernels). Matrix products outside attention count as
+# convolutions (1x1 ones and embeddings), SiLU as the norm that most engines fuse it into.
 _RULES = tuple(
     (kind, re.compile(pattern))
     for kind, pattern in (
         ("copies", r"nchwtonhwc|nhwctonchw|converttensor|transpose_readwrite"),
-        ("convolution", r"^triton_tem_fused_(?!.*bmm)"),
+        ("convolution", r"norm_silu_conv|^triton_tem_fused_(?!.*bmm)"),
         ("optimiser", r"multi_tensor_apply|adam|_foreach_|lerp|^triton_for_"),
         ("attention", r"softmax|flash|fmha|sdpa|scaled_dot_product|attention|bmm"),
         ("norm", r"group_?norm|batch_?norm|layer_?norm|rowwisemoments|bn_(?:fw|bw)|silu|swish"),
@@ -67,9 +66,8 @@ _RULES = tuple(
         ("copies", r"memcpy|memset|copy|clone|contiguous|\bcat\b|catarray|fill|zero_"),
     )
 )
-# A custom op counts as a whole: its library form may well call a convolution.
+# These count as a whole: their library forms may well call a convolution.
 _WHOLE = re.compile(r"fastgan::(group_norm_silu|norm_silu_conv|resample2x|resize_normalize)")
-_WHOLE_KINDS = {"group_norm_silu": "norm", "norm_silu_conv": "convolution"}
 
 
 def kind_of(names: Sequence[str], phase: str | None = None) -> str:
@@ -80,19 +78,14 @@ def kind_of(names: Sequence[str], phase: str | None = None) -> str:
     """
     if phase in ("update", "EMA"):
         return "optimiser"
-    for name in names:
-        if whole := _WHOLE.match(name):
-            return _WHOLE_KINDS.get(whole[1], "resampling")
-    for name in map(str.lower, names):
-        for kind, pattern in _RULES:
-            if pattern.search(name):
-                return kind
-    return "other"
+    names = list(filter(_WHOLE.match, names)) or names
+    found = (kind for n in names for kind, pattern in _RULES if pattern.search(n.lower()))
+    return next(found, "other")
 
 
 @dataclass(slots=True, eq=False)
 class Span:
-    """An event with a duration in microseconds, and on the host the event that it happened in."""
+    """An event with times in microseconds, and on the host the event that it happened in."""
 
     name: str
     category: str
@@ -133,26 +126,25 @@ def summary(
     host = [s for s in spans if s.category in ("cpu_op", "user_annotation", *_LAUNCHES)]
     _nest(host)
     window = next(span for span in host if span.name == WINDOW)
-    ranges = [s for s in host if s.name.startswith(PREFIX)]
+    ranges = [s for s in host if s.name.startswith("step/")]
     ran = _on_device(spans, host, window) if on_device else _on_host(host, window)
-    engine = "autograd::engine::evaluate_function"  # adds up gradients too, none of the node's work
     phases: dict[str, Counter[str]] = {}
-    names: Counter[tuple[str, str]] = Counter()
+    longest: Counter[tuple[str, str]] = Counter()
     for span, launch, nanoseconds in ran:
         moment = launch.start if launch else -1.0
-        path = [s.name.removeprefix(PREFIX) for s in ranges if s.start <= moment < s.end]
-        operators = [s.name for s in (launch.around() if launch else ()) if s.category == "cpu_op"]
-        operators = [name for name in operators if not name.startswith(engine)]
-        kind = kind_of([span.name, *operators], path[-1] if path else None)
+        path = [s.name.removeprefix("step/") for s in ranges if s.start <= moment < s.end]
+        names = [s.name for s in (launch.around() if launch else ()) if s.category == "cpu_op"]
+        # Around a node of a backward pass, it adds up gradients too: none of the node's work.
+        names = [n for n in names if not n.startswith("autograd::engine::evaluate_function")]
+        kind = kind_of([span.name, *names], path[-1] if path else None)
         phases.setdefault("/".join(path) or OUTSIDE, Counter())[kind] += nanoseconds
-        names[span.name, kind] += nanoseconds
+        longest[span.name, kind] += nanoseconds
 
     per_iteration = 1 / 1e6 / iterations
     total = 1e3 * (window.end - window.start) * per_iteration
     kinds = {kind: per_iteration * sum(p[kind] for p in phases.values()) for kind in KINDS}
     counted = [s for s in spans if s.category == ("kernel" if on_device else "cpu_op")]
     return {
-        "iterations": iterations,
         "milliseconds": total,
         "kinds": kinds | {GAPS: total - sum(kinds.values())},
         "phases": {
@@ -162,14 +154,13 @@ def summary(
         "launches": sum(window.start <= s.start < window.end for s in counted) / iterations,
         "longest": [
             {"name": name, "kind": kind, "milliseconds": per_iteration * spent}
-            for (name, kind), spent in names.most_common(25)
+            for (name, kind), spent in longest.most_common(25)
         ],
     }
 
 
-_LAUNCHES = ("cuda_runtime", "cuda_driver")
+# What ran, the operator or call on the host that started it, nanoseconds that are its own.
 _Ran = list[tuple[Span, Span | None, int]]
-"""What ran, the operator or call on the host that started it, nanoseconds that are its own."""
 
 
 def _nest(spans: Iterable[Span]) -> None:
@@ -189,13 +180,12 @@ def _on_device(spans: Iterable[Span], host: Iterable[Span], window: Span) -> _Ra
     by_call = {s.arguments.get("correlation"): s for s in host if s.category in _LAUNCHES}
     ran, now = [], window.start
     for span in spans:
-        if span.category in ("kernel", "gpu_memcpy", "gpu_memset") and span.start < window.end:
-            begins, ends = max(span.start, now), min(span.end, window.end)
-            if begins < ends:
-                launch = by_operator.get(span.arguments.get("External id", -1))
-                launch = launch or by_call.get(span.arguments.get("correlation", -1))
-                ran.append((span, launch, round(1e3 * (ends - begins))))
-                now = ends
+        begins, ends = max(span.start, now), min(span.end, window.end)
+        if span.category in ("kernel", "gpu_memcpy", "gpu_memset") and begins < ends:
+            launch = by_operator.get(span.arguments.get("External id", -1))
+            launch = launch or by_call.get(span.arguments.get("correlation", -1))
+            ran.append((span, launch, round(1e3 * (ends - begins))))
+            now = ends
     return ran
 
 
@@ -235,7 +225,7 @@ def profile_step(config: cfg.TrainConfig, request: Request) -> dict[str, Any]:
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of memory with {config.batch_gpu or config.batch} images per pass, "
-            f"on {_name(device)}, a smaller batch_gpu would fit"
+            f"on {device.type}, a smaller batch_gpu would fit"
         ) from error
     with replace_atomically(request.out / "profile.json") as file:
         file.write((json.dumps(report, indent=1) + "\n").encode())
@@ -293,7 +283,7 @@ def _clocked(
     live: LiveStep, numbers: Iterator[int], request: Request, device: torch.device
 ) -> dict[str, Any]:
     """Seconds of the first and of `iterations` later steps, and the memory that these need."""
-    skipped: Counter[str] = Counter()
+    skipped = []
 
     def seconds() -> float:
         _synchronise(device)
@@ -301,7 +291,7 @@ def _clocked(
         result = live.run(next(numbers))
         _synchronise(device)
         taken = time.perf_counter() - start
-        skipped.update({name: int(left_out) for name, left_out in result.skipped.items()})
+        skipped.append(sum(map(int, result.skipped.values())))
         return taken
 
     first = seconds()
@@ -309,14 +299,13 @@ def _clocked(
         seconds()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    skipped.clear()
     taken = [seconds() for _ in range(request.iterations)]
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return {
         "img_per_sec": live.config.batch / median(taken),
         "seconds_per_iteration": {"median": median(taken), "n": len(taken), "samples": taken},
         # A network that no longer trains skips part of the work.
-        "skipped_updates": skipped.total(),
+        "skipped_updates": sum(skipped[-request.iterations :]),
         "seconds_to_first_step": first,
         "peak_memory_bytes": memory,
     }
@@ -355,10 +344,6 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
 def _provenance(config: cfg.TrainConfig, request: Request, device: torch.device) -> dict[str, Any]:
     return {
         "datetime": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -372,21 +357,20 @@ def _provenance(config: cfg.TrainConfig, request: Request, device: torch.device)
         "batch_gpu": config.batch_gpu or config.batch,
         "tiny": request.tiny,
         "device": device.type,
-        "device_name": _name(device),
-        "note": CPU_NOTE if device.type == "cpu" else None,
-        "warmup_iterations": request.warmup,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "note": None if device.type == "cuda" else _NOTE,
     }
 
 
 def table(report: dict[str, Any]) -> str:
     """What is printed: speed, share of the peak and memory, then milliseconds of every profile."""
-    clocked, memory, mfu = (
-        report[k] for k in ("seconds_per_iteration", "peak_memory_bytes", "mfu")
-    )
+    clocked, memory = report["seconds_per_iteration"], report["peak_memory_bytes"]
     keys = ("engine", "precision", "kernels", "batch", "batch_gpu")
     settings = " ".join(f"{key}={report[key]}" for key in keys)
     rate = (report["matmul_flop_per_sec"] or 0) / 1e12
-    share = f"{mfu:.1%}, of {rate:.3g} TFLOP/s in products" if mfu else "not known on a CPU"
+    share = (
+        f"{report['mfu']:.1%} of {rate:.3g} TFLOP/s in products" if rate else "not known on a CPU"
+    )
     size = " (shrunk)" if report["tiny"] else ""
     lines = [
         f"{report['experiment']}{size} {settings} on {report['device_name']}",
@@ -409,8 +393,8 @@ def _rows(found: dict[str, Any]) -> Iterator[str]:
     total, shown = found["milliseconds"], [k for k in KINDS if found["kinds"][k]]
     yield f"{'phase':<14}{'all':>10}{'share':>8}" + "".join(f"{kind:>13}" for kind in shown)
     for path, kinds in [*found["phases"].items(), ("all", found["kinds"])]:
-        spent = sum(kinds[kind] for kind in shown if kind in kinds)
-        cells = "".join(f"{kinds.get(kind, 0):>13.3f}" for kind in shown)
-        yield f"{path:<14}{spent:>10.3f}{spent / total:>8.1%}{cells}"
+        spent = [kinds.get(kind, 0.0) for kind in shown]
+        cells = "".join(f"{milliseconds:>13.3f}" for milliseconds in spent)
+        yield f"{path:<14}{sum(spent):>10.3f}{sum(spent) / total:>8.1%}{cells}"
     gaps = found["kinds"][GAPS]
     yield f"{GAPS:<14}{gaps:>10.3f}{gaps / total:>8.1%}"

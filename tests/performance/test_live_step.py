@@ -51,11 +51,11 @@ def other_arithmetic() -> Iterator[None]:
 
 def test_a_step_runs_without_any_file(other_arithmetic: None) -> None:
     live = live_step(measured_config("cifar10_cond_d2o_f", SMALL), CPU)
-    before = {n: t.clone() for n, t in live.state().items()}
+    before = {n: t.clone() for n, t in live.step.state().items()}
     result = live.run(16)
     assert {"Loss/G", "Loss/D", "Loss/R1"} <= result.scalars.keys()
     assert result.skipped == {"G": 0, "D": 0, "R1": 0}
-    assert any((t != before[n]).any() for n, t in live.state().items() if n in before)
+    assert any((t != before[n]).any() for n, t in live.step.state().items() if n in before)
     assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
     assert torch.backends.cudnn.benchmark
 
