@@ -43,7 +43,7 @@ _NOTE = "measured on a CPU: a check that everything runs, none of these numbers 
 GAPS, OUTSIDE = "gaps", "outside"
 _LAUNCHES = ("cuda_runtime", "cuda_driver")
 KINDS = ("convolution", "norm", "attention", "optimiser", "copies", "resampling", "other")
-# The first pattern found in a name in lower case; Inductor's by the heaviest operation in it (`tem`:
+# The first pattern found in a name in lower case; Inductor's by the heaviest operation (`tem`:
 # templates of products, `for`: foreach kernels). Matrix products outside attention count as
 # convolutions (1x1 ones and embeddings), SiLU as the norm that most engines fuse it into.
 _RULES = tuple(
