@@ -225,7 +225,7 @@ def profile_step(config: cfg.TrainConfig, request: Request) -> dict[str, Any]:
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of memory with {config.batch_gpu or config.batch} images per pass, "
-            f"on {device.type}, a smaller batch_gpu would fit"
+            f"on {torch.cuda.get_device_name(device)}, a smaller batch_gpu would fit"
         ) from error
     with replace_atomically(request.out / "profile.json") as file:
         file.write((json.dumps(report, indent=1) + "\n").encode())
