@@ -10,8 +10,7 @@ import torch
 from fastgan.common.errors import ArgumentParser, UserError, run_command
 from fastgan.launch import checks
 from fastgan.performance.live_step import measured_config, tiny_overrides
-from fastgan.performance.profile import Request, profile_step
-from fastgan.performance.profile_report import table
+from fastgan.performance.profile import Request, profile_step, table
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ that fastgan/training/step.py makes, without start, sampling, measuring or savin
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,7 @@ from typing import Any
 from fastgan import config as cfg
 from fastgan.common.files import replace_atomically
 from fastgan.common.libraries import import_pyplot
-from fastgan.performance.counts import Layer, flop, norm_elements
-from fastgan.performance.iteration import (
-    Iteration,
-    Parameters,
-    Part,
-    Work,
-    count_iteration,
-    part_of,
-)
+from fastgan.performance.iteration import Iteration, Part, Work, count_iteration, flop
 from fastgan.performance.live_step import measured_config
 from fastgan.performance.machines import (
     GPUS_PER_NODE,
@@ -37,11 +29,9 @@ from fastgan.performance.machines import (
 
 GPUS = (1, 8, 16, 32, 64)
 IMAGES = 5_000_000
-GIB = 2**30
 # Bytes per parameter and update: Adam reads the value, its gradient and two moments and writes all
 # but the gradient, the check for finite gradients reads them once more; the EMA reads two, writes.
 _ADAM, _EMA = 7 * 4 + 4, 3 * 4
-Json = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -75,65 +65,45 @@ class Budget:
 
     @property
     def expected_img_s(self) -> float:
-        busy = self._expected_seconds() + self._allreduce_seconds()
+        busy = self._update_bytes / self._copy_rate + self._allreduce_seconds()
+        busy += sum(map(self._layer_seconds, self.iteration.work))
         return self.batch * (1 - self._assumed("idle_share")) / busy
 
     @property
     def hours_5m(self) -> float:
         return IMAGES / self.expected_img_s / 3600
 
-    @property
-    def fits_memory(self) -> bool:
-        return self.memory_gib()["peak"] <= self._assumed("memory")
-
-    def memory_gib(self) -> dict[str, float]:
-        """GiB on each GPU by part, with a whole `batch_gpu` in one forward pass.
-
-        weights: float32, frozen ones of G in bf16 beside it. activations_g: kept for G's backward
-        by the frozen ops (kernels/); _d: kept by PyTorch's layers for the gradient down to the
-        fakes; _r1: the same for the graph of that gradient too, at a moment without G's.
-        """
-        p, images, counted = self.iteration.parameters, self.batch_gpu, self.iteration
-        everything = p.generator + p.frozen_discriminator + p.heads
-        kept_g = 2 * images * _kept(counted.generator)
-        kept_d = self._width("heads") * images * _kept(counted.discriminator)
-        fixed = {
-            "weights": 4 * everything + 2 * (p.generator - p.trained),
-            "gradients": 4 * max(p.trained, p.heads),
-            "optimiser": 8 * (p.trained + p.heads),
-            "ema": 4 * p.trained,
-        }
-        kept_r1 = 2 * kept_d if counted.has_r1 else 0
-        kept = {"activations_g": kept_g, "activations_d": kept_d, "activations_r1": kept_r1}
-        peak = sum(fixed.values()) + max(kept_g + kept_d, kept_r1)
-        return {name: count / GIB for name, count in {**fixed, **kept, "peak": peak}.items()}
-
-    def as_json(self) -> Json:
+    def as_json(self) -> dict[str, object]:
         """One entry of `tools/budget.py --json`; speeds are null where the batch does not split."""
-        counted, possible = self.iteration, self.problem is None
+        counted = self.iteration
+        speeds = ("batch_gpu", "floor_img_s", "expected_img_s", "hours_5m")
         return {
             "experiment": self.experiment,
             "machine": self.machine.name,
             "gpus": self.gpus,
             "batch": self.batch,
-            "batch_gpu": self.batch_gpu if possible else None,
             "precision": self.precision.value,
             "computed": True,
-            "g_forward_gflop": flop(counted.generator) / 1e9,
-            "d_forward_gflop": flop(counted.discriminator) / 1e9,
+            "g_forward_gflop": flop(counted.layers("generator")) / 1e9,
+            "d_forward_gflop": flop(counted.layers("features", "heads")) / 1e9,
             "iteration_gflop": counted.flop / 1e9,
-            "allreduce_bytes": counted.parameters.allreduce_bytes,
-            "floor_img_s": self.floor_img_s if possible else None,
-            "expected_img_s": self.expected_img_s if possible else None,
-            "hours_5m": self.hours_5m if possible else None,
-            "memory_gib": self.memory_gib() if possible else None,
-            "fits_memory": self.fits_memory if possible else None,
+            "allreduce_bytes": counted.allreduce_bytes,
+            **{name: None if self.problem else getattr(self, name) for name in speeds},
             "problem": self.problem,
-            "assumptions": {k: a.as_json() for k, a in self.assumptions.items()},
+            "assumptions": {k: asdict(a) for k, a in self.assumptions.items()},
         }
 
     def _assumed(self, name: str) -> float:
         return self.assumptions[name].value
+
+    @property
+    def _copy_rate(self) -> float:
+        return self._assumed("copy_bandwidth") * self._assumed("copy_share")
+
+    @property
+    def _update_bytes(self) -> int:
+        p = self.iteration
+        return _ADAM * (p.trained + p.heads) + _EMA * p.trained
 
     def _width(self, part: Part) -> int:
         """Bytes of an activation."""
@@ -146,27 +116,15 @@ class Budget:
 
     def _floor_seconds(self) -> float:
         """Of an iteration of one GPU."""
-        products = sum(work.flop / self._rate(work.part) for work in self.iteration.work)
-        products /= self._assumed("floor_efficiency")
-        moved = sum(self._norm_bytes(work) for work in self.iteration.work)
-        copied = self.batch_gpu * moved + _update_bytes(self.iteration.parameters)
+        products = moved = 0.0
+        for work in self.iteration.work:
+            layer = work.layer
+            products += work.flop / self._rate(work.part) / self._assumed("floor_efficiency")
+            if layer.kind == "norm":
+                elements = work.forward * layer.moved + work.input_grad * layer.moved_back
+                moved += self._width(work.part) * elements
+        copied = self.batch_gpu * moved + self._update_bytes
         return self.batch_gpu * products + copied / self._assumed("copy_bandwidth")
-
-    def _norm_bytes(self, work: Work) -> float:
-        """Per image; 0 for other layers."""
-        if work.layer.kind != "norm":
-            return 0.0
-        layer = work.layer
-        elements = work.forward * layer.moved + work.input_grad * layer.moved_back
-        return self._width(work.part) * elements
-
-    def _expected_seconds(self) -> float:
-        """Of an iteration of one GPU, while it works."""
-        copied = _update_bytes(self.iteration.parameters) / self._copy_rate()
-        return copied + sum(self._layer_seconds(work) for work in self.iteration.work)
-
-    def _copy_rate(self) -> float:
-        return self._assumed("copy_bandwidth") * self._assumed("copy_share")
 
     def _layer_seconds(self, work: Work) -> float:
         """All passes of a layer over this GPU's images."""
@@ -183,12 +141,11 @@ class Budget:
         total = 0.0
         for count, products, elements, efficiency in passes:
             traffic = self._width(work.part) * (n * elements + layer.weights)
-            longest = max(
+            total += count * max(
                 n * products / (sustained * efficiency),
-                traffic / self._copy_rate(),
+                traffic / self._copy_rate,
                 self._assumed("layer_seconds"),
             )
-            total += count * longest
         return total
 
     def _allreduce_seconds(self) -> float:
@@ -196,7 +153,7 @@ class Budget:
         bandwidth = self._assumed("node_bandwidth")
         if self.gpus > GPUS_PER_NODE:
             bandwidth = min(bandwidth, self._assumed("network_bandwidth"))
-        travelling = 2 * (self.gpus - 1) / self.gpus * self.iteration.parameters.allreduce_bytes
+        travelling = 2 * (self.gpus - 1) / self.gpus * self.iteration.allreduce_bytes
         return travelling / bandwidth
 
 
@@ -207,12 +164,11 @@ def budgets(
     come last. UserError: no such experiment or key."""
     config = measured_config(experiment, ["precision=bf16", *overrides])
     counted = count_iteration(config)
-    found = []
-    for machine in MACHINES:
-        assumed = assumptions(machine, measured)
-        common = (config.batch, config.precision, counted, assumed)
-        found += [Budget(experiment, machine, n, *common) for n in gpus]
-    return found
+    return [
+        Budget(experiment, m, n, config.batch, config.precision, counted, assumptions(m, measured))
+        for m in MACHINES
+        for n in gpus
+    ]
 
 
 def smallest(example: Budget, hours: float) -> Budget | None:
@@ -224,24 +180,14 @@ def smallest(example: Budget, hours: float) -> Budget | None:
     return None
 
 
-def _kept(layers: Iterable[Layer]) -> int:
-    return sum(layer.kept for layer in layers)
-
-
-def _update_bytes(p: Parameters) -> int:
-    return _ADAM * (p.trained + p.heads) + _EMA * p.trained
-
-
-PARTS = ("backbone", "mixing", "heads")
 HOURS = 6.0
 CLAIM = ("A100", 8)
 """The published claim: 5 M images within `HOURS` hours on this machine."""
 NOTES = (
     "precision=bf16: all products in bf16 on tensor cores; published: D's in float32 without them.",
-    "GiB: at most, all images/GPU in one forward pass; '> memory' wants a smaller batch_gpu.",
     "Not in the hours: start, compilation, samples, measurements, checkpoints.",
 )
-HEADER = "  machine GPUs images/GPU   floor img/s  expected img/s  hours for 5 M  GiB per GPU"
+HEADER = "  machine GPUs images/GPU   floor img/s  expected img/s  hours for 5 M"
 
 
 def report(budgets: Sequence[Budget]) -> str:
@@ -254,82 +200,63 @@ def report(budgets: Sequence[Budget]) -> str:
 
 def _experiment(budgets: list[Budget]) -> Iterator[str]:
     first = budgets[0]
-    counted, parameters = first.iteration, first.iteration.parameters
-    d = counted.discriminator
-    parts = {part: [x for x in d if part_of(x.name) == part] for part in PARTS}
+    counted = first.iteration
+    g, frozen, heads = (counted.layers(part) for part in ("generator", "features", "heads"))
+    norms = sum(layer.moved // 2 for layer in g if layer.kind == "norm")
     yield f"{first.experiment}: batch {first.batch}, precision={first.precision.value}"
     yield (
-        f"  GFLOP per image: G {_giga(flop(counted.generator))} forward "
-        f"(attention {_giga(flop(counted.generator, 'attention'))}), D {_giga(flop(d))} "
-        f"({', '.join(f'{part} {_giga(flop(layers))}' for part, layers in parts.items())}), "
-        f"iteration {_giga(counted.flop)}"
+        f"  GFLOP per image: G {_short(flop(g) / 1e9)} forward "
+        f"(attention {_short(flop(g, 'attention') / 1e9)}), D {_short(flop(frozen + heads) / 1e9)} "
+        f"(frozen {_short(flop(frozen) / 1e9)}, heads {_short(flop(heads) / 1e9)}), "
+        f"iteration {_short(counted.flop / 1e9)}"
     )
     yield (
-        f"  norms of G: {_mega(norm_elements(counted.generator))} M elements per image; trained: "
-        f"{_mega(parameters.trained)} of {_mega(parameters.generator)} M parameters of G, "
-        f"{_mega(parameters.heads)} M of the heads; "
-        f"all-reduce {_mega(parameters.allreduce_bytes)} MB per iteration"
+        f"  norms of G: {_short(norms / 1e6)} M elements per image; trained: "
+        f"{_short(counted.trained / 1e6)} of {_short(counted.parameters / 1e6)} M parameters of G, "
+        f"{_short(counted.heads / 1e6)} M of the heads; "
+        f"all-reduce {_short(counted.allreduce_bytes / 1e6)} MB per iteration"
     )
     yield HEADER
     yield from map(_row, budgets)
-    yield from _verdict(budgets)
+    for budget in budgets:
+        if (budget.machine.name, budget.gpus) == CLAIM and budget.problem is None:
+            fits = "fits" if budget.hours_5m <= HOURS else "does not fit"
+            yield (
+                f"  => {fits} {HOURS:g} hours on 8 x A100: {budget.hours_5m:.2f} h expected for "
+                "5 M images"
+            )
+    fewest = [_fewest(next(group)) for _, group in groupby(budgets, lambda b: b.machine)]
+    yield f"  => fewest GPUs for {HOURS:g} hours: {', '.join(fewest)}"
 
 
 def _row(budget: Budget) -> str:
     start = f"  {budget.machine.name:<7} {budget.gpus:>4}"
     if budget.problem:
         return f"{start}  {budget.problem}"
-    memory = f"{budget.memory_gib()['peak']:.1f}"
     return (
         f"{start} {budget.batch_gpu:>10} {budget.floor_img_s:>13,.0f} "
-        f"{budget.expected_img_s:>15,.0f} {budget.hours_5m:>14.2f} {memory:>12}"
-        f"{'' if budget.fits_memory else ' > memory: batch_gpu'}"
+        f"{budget.expected_img_s:>15,.0f} {budget.hours_5m:>14.2f}"
     )
-
-
-def _verdict(budgets: list[Budget]) -> Iterator[str]:
-    for budget in budgets:
-        if (budget.machine.name, budget.gpus) == CLAIM and budget.problem is None:
-            fits = "fits" if budget.hours_5m <= HOURS else "does not fit"
-            yield (
-                f"  => {fits} {HOURS:g} hours on 8 x A100: {budget.hours_5m:.2f} h expected for "
-                f"5 M images"
-            )
-    fewest = [_fewest(next(group)) for _, group in groupby(budgets, lambda b: b.machine)]
-    yield f"  => fewest GPUs for {HOURS:g} hours: {', '.join(fewest)}"
 
 
 def _fewest(example: Budget) -> str:
     found = smallest(example, HOURS)
     if found is None:
         return f"none of up to 64 {example.machine.name}"
-    rounds = "" if found.fits_memory else ", smaller batch_gpu"
-    return f"{found.gpus} x {found.machine.name} ({found.hours_5m:.1f} h{rounds})"
+    return f"{found.gpus} x {found.machine.name} ({found.hours_5m:.1f} h)"
 
 
 def _assumptions(budgets: Sequence[Budget]) -> Iterator[str]:
     """Those that differ between machines beside each other, then the others once."""
     by_machine = {b.machine.name: b.assumptions for b in budgets}
     yield "Assumptions (name, value, unit, source)"
-    for name in next(iter(by_machine.values())):
-        yield from _assumption(name, by_machine)
+    for name in budgets[0].assumptions:
+        entries = {machine: assumed[name] for machine, assumed in by_machine.items()}
+        if len(set(entries.values())) == 1:
+            entries = {"all": budgets[0].assumptions[name]}
+        for where, entry in entries.items():
+            yield f"  {name:<24} {where:<5} {entry.value:>10.4g} {entry.unit} ({entry.source})"
     yield from NOTES
-
-
-def _assumption(name: str, by_machine: dict[str, Assumptions]) -> Iterator[str]:
-    entries = {machine: assumed[name] for machine, assumed in by_machine.items()}
-    same = len(set(entries.values())) == 1
-    for machine, entry in list(entries.items())[: 1 if same else None]:
-        where = "all" if same else machine
-        yield f"  {name:<24} {where:<5} {entry.value:>10.4g} {entry.unit} ({entry.source})"
-
-
-def _giga(count: float) -> str:
-    return _short(count / 1e9)
-
-
-def _mega(count: float) -> str:
-    return _short(count / 1e6)
 
 
 def _short(number: float) -> str:
@@ -338,14 +265,13 @@ def _short(number: float) -> str:
 
 # Okabe and Ito's colours, told apart with any colour vision; markers tell them apart without.
 STYLES = {"A100": ("#D55E00", "o"), "H100": ("#0072B2", "s"), "H200": ("#009E73", "^")}
-_COLUMNS = 3
 
 
 def save_plot(budgets: Sequence[Budget], path: Path) -> None:
     """Writes a PNG. UserError: matplotlib is not installed, `path` cannot be written."""
     plt = import_pyplot("--plot")
     groups = [list(group) for _, group in groupby(budgets, lambda budget: budget.experiment)]
-    columns = min(_COLUMNS, len(groups))
+    columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(4.2 * columns, 3.4 * rows + 0.8), sharex=True, sharey=True,
@@ -355,7 +281,10 @@ def save_plot(budgets: Sequence[Budget], path: Path) -> None:
         _panel(axis, group)
     for axis in axes.flat[len(groups) :]:
         axis.set_visible(False)
-    _label(figure, axes, len(groups))
+    handles, names = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+    figure.supxlabel("GPUs")
+    figure.supylabel("hours")
     figure.suptitle(
         f"Hours for 5 M images, precision={budgets[0].precision.value}: "
         "computed from counts and assumptions, not measured",
@@ -376,39 +305,15 @@ def _panel(axis: Any, budgets: list[Budget]) -> None:
         colour, marker = STYLES[name]
         hours = [budget.hours_5m for budget in points]
         axis.plot(gpus, hours, color=colour, marker=marker, markersize=5, label=name)
-        floor = [h * b.expected_img_s / b.floor_img_s for h, b in zip(hours, points, strict=True)]
-        axis.plot(gpus, floor, color=colour, linestyle=":", linewidth=1)
-    axis.axhline(HOURS, color="black", linestyle="--", linewidth=1)
+        floor = [IMAGES / budget.floor_img_s / 3600 for budget in points]
+        axis.plot(gpus, floor, color=colour, linestyle=":", linewidth=1, label=f"{name}'s floor")
+    axis.axhline(HOURS, color="black", linestyle="--", linewidth=1, label=f"{HOURS:g} hours")
     axis.set_title(budgets[0].experiment, fontsize=10)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.grid(True, which="major", color="#dddddd", linewidth=0.6)
-    axis.set_xticks(sorted({budget.gpus for budget in budgets}))
+    axis.set_xticks(sorted({budget.gpus for budget in budgets}), minor=False)
+    axis.set_xticks([], minor=True)
     axis.xaxis.set_major_formatter("{x:.0f}")
-    axis.xaxis.set_minor_locator(_nowhere())
     axis.yaxis.set_major_formatter("{x:g}")
-
-
-def _nowhere() -> Any:
-    from matplotlib.ticker import NullLocator
-
-    return NullLocator()
-
-
-def _label(figure: Any, axes: Any, panels: int) -> None:
-    """Axis labels at the outside, one legend for all panels."""
-    from matplotlib.lines import Line2D
-
-    handles, _ = axes.flat[0].get_legend_handles_labels()
-    handles.append(Line2D([], [], color="grey", linestyle=":", linewidth=1, label="floor"))
-    handles.append(
-        Line2D([], [], color="black", linestyle="--", linewidth=1, label=f"{HOURS:g} hours")
-    )
-    columns = axes.shape[1]
-    for index, axis in enumerate(axes.flat[:panels]):
-        if index % columns == 0:
-            axis.set_ylabel("hours")
-        if index + columns >= panels:
-            axis.set_xlabel("GPUs")
-            axis.tick_params(labelbottom=True)
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    axis.tick_params(labelbottom=True)

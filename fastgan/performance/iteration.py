@@ -1,7 +1,13 @@
-"""One iteration of the GAN fine-tune in counts: how often each layer runs, and in which direction.
+"""One iteration of the GAN fine-tune in counts, read off the networks of a configuration.
 
-Per image, as fastgan/training/step.py does it (G and D: forward FLOP; dx, dw: gradients to inputs
-and weights, each as many FLOP as forward, attention's dx twice as many):
+Networks run on the meta device, which has shapes and no numbers, and products are counted by
+PyTorch's formulas (torch.utils.flop_counter: 2 FLOP per weight and position). FlopCounterMode gives
+sums by module; a budget needs every call, its traffic and the gradients that it wants, so that
+`Layers` is a mode over the same formulas. Not counted: arithmetic that is no product (norms,
+resizing, losses), and spectral norm's power iterations, which do not grow with the batch.
+
+How often each layer runs, per image, as fastgan/training/step.py does it (G and D: forward FLOP;
+dx, dw: gradients to inputs and weights, each as many FLOP as forward, attention's dx twice):
 
     G step   G + D + dx of D + dx and dw of G, dw only where a parameter trains
     D step   G, unless fakes are shared, + 2 (D + dw of the heads + dx inside the heads), without
@@ -12,10 +18,8 @@ R1's second backward differentiates dx for the heads' parameters. dx is linear i
 that its derivative passes the frozen part once more, as expensive as dx, and the heads once, with a
 dw beside it; the heads' BatchNorm makes dx depend on the activations too, which leads back through
 the heads' own forward pass: another dx and dw. (The last convolution has no BatchNorm behind it and
-is counted as if it had.) No gradient is computed for what no trained parameter stands in front of.
-
-What is computed again to save memory is not counted: blocks with generator.checkpoint, and shared
-fakes in G's step where a batch takes several rounds.
+is counted as if it had.) What is computed again to save memory is not counted: blocks with
+generator.checkpoint, and shared fakes in G's step where a batch takes several rounds.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,7 +27,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from fastgan_kernels.dispatch import twice_differentiable
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from fastgan import config as cfg
 from fastgan.checkpoint.network_file import load_network_file
@@ -35,60 +42,103 @@ from fastgan.launch.checks import existing
 from fastgan.models import Precond, network_from_config
 from fastgan.models.freeze import freeze
 from fastgan.models.sampling import few_step
-from fastgan.performance.counts import Layer, layers_of
 
-Part = Literal["generator", "backbone", "mixing", "heads"]
+Kind = Literal["product", "attention", "norm"]
+Part = Literal["generator", "features", "heads"]
 META = torch.device("meta")
-# Where no dataset says otherwise; fastgan.performance.live_step measures with the same.
-_IMAGES = {"img_resolution": 32, "img_channels": 3}
+_ATEN = torch.ops.aten
+# Where each norm has its weight among its arguments.
+_NORMS = {_ATEN.native_group_norm: 1, _ATEN.native_layer_norm: 2, _ATEN.native_batch_norm: 1}
 
 
 @dataclass(frozen=True)
-class Networks:
-    """Generator and discriminator on the meta device, frozen as the experiment says."""
+class Layer:
+    """One call of a layer for one image; traffic in elements, as if nothing were fused into it but
+    what stands beside it here (SiLU, bias, an eval BatchNorm)."""
 
-    generator: Precond
-    discriminator: Discriminator
-    steps: int = 1
-    mid_sigma: float | None = None
-
-    def generator_layers(self) -> list[Layer]:
-        """Of one fake, all its network evaluations."""
-        z, labels = self._images(), self._labels()
-        return layers_of(
-            self.generator,
-            lambda: few_step(self.generator, z, labels, steps=self.steps, mid_sigma=self.mid_sigma),
-        )
-
-    def discriminator_layers(self, *, image_grad: bool) -> list[Layer]:
-        """Of one image; `image_grad`: whether its gradient is wanted (G step and R1)."""
-        images, labels = self._images().requires_grad_(image_grad), self._labels()
-        return layers_of(self.discriminator, lambda: self.discriminator(images, labels))
-
-    def _images(self) -> Tensor:
-        unet = self.generator.model
-        size = unet.img_resolution
-        return torch.empty(1, unet.img_channels, size, size, device=META)
-
-    def _labels(self) -> Tensor | None:
-        classes = self.generator.label_dim
-        return torch.empty(1, classes, device=META) if classes else None
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Numbers of parameters."""
-
-    generator: int
-    trained: int
-    """Of the generator's."""
-    frozen_discriminator: int
-    heads: int
+    kind: Kind
+    flop: int = 0
+    """Forward. A gradient to the weight costs the same."""
+    moved: int = 0
+    """Read and written forward, without weights."""
+    moved_back: int = 0
+    """Read and written for the gradient to the input, or to the weight."""
+    weights: int = 0
+    """Read once by a pass over a whole batch."""
+    trains: bool = False
+    """Whether its weight wants a gradient."""
+    input_grad: bool = False
+    """Whether what it read wants a gradient."""
 
     @property
-    def allreduce_bytes(self) -> int:
-        """Float32 gradients that every GPU hands over in an iteration (R1: `heads` once more)."""
-        return 4 * (self.trained + self.heads)
+    def input_grad_flop(self) -> int:
+        return self.flop * (2 if self.kind == "attention" else 1)
+
+
+class Layers(TorchDispatchMode):
+    """Notes in `found` the layers that run inside, on one image and the meta device.
+
+    `ours`: they are our UNets', which fuse attention and hold a resampling filter in registers. Ops
+    of kernels/ are seen as their plain definitions only (twice_differentiable).
+    """
+
+    def __init__(self, *, ours: bool = False) -> None:
+        super().__init__()
+        self.found: list[Layer] = []
+        self._ours = ours
+        self._half: tuple[int, int] | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        y = func(*args, **(kwargs or {}))
+        op = func.overloadpacket
+        if op in _NORMS:
+            self._norm(op, args)
+        elif op in flop_registry:
+            count = flop_registry[op](*args, **(kwargs or {}), out_val=y)
+            (self._attention if op is _ATEN.bmm else self._product)(op, args, y, count)
+        return y
+
+    def _norm(self, op: Any, args: tuple[Any, ...]) -> None:
+        """Reads x, writes y; back, reads x and dy, writes dx. A batch's statistics are a second
+        reading; with those of training it is part of a neighbour."""
+        x, weight, of_batch = args[0], args[_NORMS[op]], op is _ATEN.native_batch_norm
+        if of_batch and not args[5]:
+            return
+        moved, back = (3, 5) if of_batch else (2, 3)
+        trains = weight is not None and weight.requires_grad
+        n = x.numel()
+        layer = Layer("norm", 0, moved * n, back * n, trains=trains, input_grad=x.requires_grad)
+        self.found.append(layer)
+
+    def _product(self, op: Any, args: tuple[Any, ...], y: Tensor, count: int) -> None:
+        """x times a weight that is used at each of some positions."""
+        x, weight = args[1:3] if op is _ATEN.addmm else args[:2]
+        filtered = self._ours and op is _ATEN.convolution and args[8] > 1
+        weights, moved = 0 if filtered else weight.numel(), x.numel() + y.numel()
+        gradients = weight.requires_grad, x.requires_grad
+        self.found.append(Layer("product", count, moved, moved, weights, *gradients))
+
+    def _attention(self, op: Any, args: tuple[Any, ...], y: Tensor, count: int) -> None:
+        """Two products, q k^T = P and P v. Unless fused, P is written, read and written by a
+        softmax, and read again."""
+        read = args[0].numel() + args[1].numel()
+        if self._half is None:
+            self._half = read, y.numel()
+            return
+        (sides, scores), self._half = self._half, None
+        sides += read - scores + y.numel()
+        extra = 0 if self._ours else 4 * scores
+        wanted = any(x.requires_grad for x in args)
+        self.found.append(
+            Layer("attention", 2 * count, sides + extra, 2 * sides + extra, input_grad=wanted)
+        )
+
+
+def flop(layers: Iterable[Layer], kind: Kind | None = None) -> int:
+    """FLOP of one forward pass, of layers of one kind or of all."""
+    return sum(layer.flop for layer in layers if kind in (None, layer.kind))
 
 
 @dataclass(frozen=True)
@@ -109,25 +159,27 @@ class Work:
 
 @dataclass(frozen=True)
 class Iteration:
-    """An experiment's iteration; layers are of one forward pass."""
+    """An experiment's iteration and its numbers of parameters."""
 
-    generator: tuple[Layer, ...]
-    discriminator: tuple[Layer, ...]
     work: tuple[Work, ...]
-    parameters: Parameters
-    has_r1: bool
+    parameters: int
+    """Of the generator, `trained` of them."""
+    trained: int
+    heads: int
 
     @property
     def flop(self) -> float:
         """Per image."""
         return sum(work.flop for work in self.work)
 
+    @property
+    def allreduce_bytes(self) -> int:
+        """Float32 gradients that every GPU hands over in an iteration (R1: `heads` once more)."""
+        return 4 * (self.trained + self.heads)
 
-def part_of(name: str) -> Part:
-    """Which part of a discriminator a layer belongs to, by its submodule's name."""
-    if name.startswith("heads."):
-        return "heads"
-    return "mixing" if name.startswith("projections.") or ".reassembly." in name else "backbone"
+    def layers(self, *parts: Part) -> list[Layer]:
+        """Of one forward pass."""
+        return [work.layer for work in self.work if work.part in parts]
 
 
 def iteration_flop(config: cfg.TrainConfig, architecture: Mapping[str, Any] | None = None) -> float:
@@ -143,27 +195,29 @@ def count_iteration(
     config: cfg.TrainConfig, architecture: Mapping[str, Any] | None = None
 ) -> Iteration:
     """What an iteration of `config` does; arguments and errors as for `iteration_flop`."""
-    architecture = _architecture(config) if architecture is None else architecture
+    if architecture is None:
+        architecture = architecture_of(config)
     schedule = (config.generator, config.freeze, config.share_fakes, config.loss.r1_interval)
     key = repr((architecture, config.discriminator, schedule))
     if key not in _counted:
-        networks = meta_networks(config, architecture)
-        _counted[key] = _iteration(networks, config.share_fakes, config.loss.r1_interval)
+        with twice_differentiable():
+            _counted[key] = _iteration(config, *meta_networks(config, architecture))
     return _counted[key]
 
 
 _counted: dict[str, Iteration] = {}
 
 
-def meta_networks(config: cfg.TrainConfig, architecture: Mapping[str, Any]) -> Networks:
-    """The networks of `config` around a generator of `architecture`, without any weights."""
+def meta_networks(
+    config: cfg.TrainConfig, architecture: Mapping[str, Any]
+) -> tuple[Precond, Discriminator]:
+    """Generator and discriminator of `config` as they train, without any weights."""
     # The constructors draw from the global generator, although there is nothing to draw for.
     with META, seeded(0):
         generator = _network(architecture)
         discriminator = _discriminator(config.discriminator, generator)
     freeze(generator.train(), config.freeze.level)
-    steps, mid_sigma = config.generator.steps, config.generator.mid_sigma
-    return Networks(generator, discriminator.train(), steps, mid_sigma)
+    return generator, discriminator.train()
 
 
 def _discriminator(d: cfg.DiscriminatorConfig, generator: Precond) -> Discriminator:
@@ -182,64 +236,58 @@ def _discriminator(d: cfg.DiscriminatorConfig, generator: Precond) -> Discrimina
 
 
 def _network(architecture: Mapping[str, Any]) -> Precond:
+    # Where no dataset says otherwise; fastgan.performance.live_step measures with the same.
+    images = {"img_resolution": 32, "img_channels": 3}
     fixed = {"precond": "D2OPrecond", "dropout": 0.0}
-    return network_from_config({**_IMAGES, **architecture, **fixed})
+    return network_from_config({**images, **architecture, **fixed})
 
 
-def _architecture(config: cfg.TrainConfig) -> Mapping[str, Any]:
-    if config.init.path is not None:
-        return _described(config.init.path, "init.path")
-    return config.init.network
+def architecture_of(config: cfg.TrainConfig) -> Mapping[str, Any]:
+    """The generator's, of init.path or init.network. UserError: no such file, or none of ours."""
+    path = config.init.path
+    return config.init.network if path is None else _described(path, "init.path")
 
 
 def _described(path: str, key: str) -> Mapping[str, Any]:
     return load_network_file(existing(path, key)).config
 
 
-def _iteration(networks: Networks, share_fakes: bool, r1_interval: int) -> Iteration:
-    generator = networks.generator_layers()
-    seen_by_g = networks.discriminator_layers(image_grad=True)
-    seen_by_d = networks.discriminator_layers(image_grad=False)
-    r1 = 1 / r1_interval if r1_interval else 0.0
-    encoded_again = not (share_fakes and not networks.discriminator.augment)
-    work = [_generator_work(layer, share_fakes) for layer in generator]
-    pairs = zip(seen_by_g, seen_by_d, strict=True)
-    work += [_discriminator_work(*pair, r1, encoded_again) for pair in pairs]
-    parameters = _parameters(networks)
-    return Iteration(tuple(generator), tuple(seen_by_g), tuple(work), parameters, r1 > 0)
+def _iteration(config: cfg.TrainConfig, generator: Precond, d: Discriminator) -> Iteration:
+    """Every layer of both networks with how often it runs; see the formula above."""
+    g, classes, size = config.generator, generator.label_dim, generator.model.img_resolution
+    images = torch.empty(1, generator.model.img_channels, size, size, device=META)
+    labels = torch.empty(1, classes, device=META) if classes else None
+    shared, interval = config.share_fakes, config.loss.r1_interval
+    r1 = 1 / interval if interval else 0.0
+
+    with Layers(ours=True) as found:
+        few_step(generator, images, labels, steps=g.steps, mid_sigma=g.mid_sigma)
+    work = [Work("generator", x, 1 if shared else 2, x.input_grad, x.trains) for x in found.found]
+    # G's step, D's on fakes and reals, and R1, which passes what is frozen twice backward.
+    encoded = 1 + 2 + r1 - (shared and not d.augment)
+    for branch, view in enumerate(d.views(images.requires_grad_(), None)):
+        with Layers(ours=isinstance(d, DiffusionDiscriminator)) as frozen:
+            maps = d.features(branch, view, labels)
+        with Layers() as attacked:  # with a gradient down to the image
+            d.judge(branch, maps, labels)
+        with Layers() as trained:
+            d.judge(branch, [x.detach() for x in maps], labels)
+        work += [Work("features", x, encoded, x.input_grad * (1 + 2 * r1), 0) for x in frozen.found]
+        work += [
+            Work(
+                "heads",
+                x,
+                forward=1 + 2 + 2 * r1,
+                input_grad=x.input_grad * (1 + r1) + y.input_grad * (2 + r1),
+                weight_grad=x.trains * (2 + 2 * r1),
+            )
+            for x, y in zip(attacked.found, trained.found, strict=True)
+        ]
+    parameters = list(generator.parameters())
+    trained_ones = [p for p in parameters if p.requires_grad]
+    sizes = map(_numbers, (parameters, trained_ones, d.trainable_parameters()))
+    return Iteration(tuple(work), *sizes)
 
 
-def _generator_work(layer: Layer, share_fakes: bool) -> Work:
-    forward = 1 if share_fakes else 2
-    return Work("generator", layer, forward, layer.input_grad, layer.trains)
-
-
-def _discriminator_work(attacked: Layer, trained: Layer, r1: float, encoded_again: bool) -> Work:
-    """`attacked`: with a gradient down to the image; `trained`: without. See the formula above."""
-    part = part_of(attacked.name)
-    forward, input_grad = 1.0, float(attacked.input_grad)  # G step
-    forward, input_grad = forward + 2, input_grad + 2 * trained.input_grad  # D step
-    weight_grad = 2.0 * trained.trains
-    if part == "heads":
-        forward += 2 * r1
-        input_grad += r1 * (attacked.input_grad + trained.input_grad)
-        weight_grad += 2 * r1 * trained.trains
-    else:
-        forward += r1 - (not encoded_again)
-        input_grad += 2 * r1 * attacked.input_grad
-    return Work(part, attacked, forward, input_grad, weight_grad)
-
-
-def _parameters(networks: Networks) -> Parameters:
-    g, d = networks.generator, networks.discriminator
-    heads = _count(d.trainable_parameters())
-    return Parameters(
-        generator=_count(g.parameters()),
-        trained=_count(p for p in g.parameters() if p.requires_grad),
-        frozen_discriminator=_count(d.parameters()) - heads,
-        heads=heads,
-    )
-
-
-def _count(parameters: Iterable[nn.Parameter]) -> int:
+def _numbers(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)

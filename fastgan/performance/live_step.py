@@ -3,22 +3,22 @@
 Speed, memory and the order of kernels do not depend on the numbers in the weights.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fastgan import config as cfg
-from fastgan.checkpoint.network_file import load_network_file
 from fastgan.common.distributed import World
 from fastgan.common.errors import UserError
+from fastgan.data import ImageDataset
 from fastgan.launch import build
-from fastgan.launch.checks import existing
 from fastgan.launch.cli import compose
 from fastgan.launch.engine import make_step, prepare_process, step_settings
 from fastgan.models.build import PUBLISHED_NETWORKS
+from fastgan.performance.iteration import architecture_of
 from fastgan.training.state import StepResult
 from fastgan.training.step import PlainStep
 
@@ -27,15 +27,17 @@ NOISE = "noise"
 
 
 class NoiseImages:
-    """A dataset of uniform noise in the shape that a network wants, one batch large."""
+    """A batch of uniform noise, in the shape and with as many classes as a network wants."""
 
-    def __init__(self, count: int, resolution: int, channels: int, label_dim: int) -> None:
+    def __init__(self, architecture: Mapping[str, Any], batch: int) -> None:
         self.name = NOISE
-        self.resolution, self.channels, self.label_dim = resolution, channels, label_dim
+        self.resolution = architecture.get("img_resolution", 32)
+        self.channels = architecture.get("img_channels", 3)
+        self.label_dim = architecture.get("label_dim") or 0
         draw = np.random.default_rng(0)
-        shape = (count, channels, resolution, resolution)
+        shape = (batch, self.channels, self.resolution, self.resolution)
         self._images = draw.integers(256, size=shape, dtype=np.uint8)
-        self.labels = draw.integers(label_dim, size=count) if label_dim else None
+        self.labels = draw.integers(self.label_dim, size=batch) if self.label_dim else None
 
     def __len__(self) -> int:
         return len(self._images)
@@ -62,9 +64,6 @@ class LiveStep:
         reals, labels = self.draw(iteration)
         return self.step.run(reals, labels, iteration)
 
-    def state(self) -> dict[str, Tensor]:
-        return self.step.state()
-
 
 def measured_config(experiment: str, overrides: list[str]) -> cfg.TrainConfig:
     """configs/experiment/NAME.yaml with random weights and no files; `overrides` come last, also
@@ -74,7 +73,7 @@ def measured_config(experiment: str, overrides: list[str]) -> cfg.TrainConfig:
     own `init.path`) among the overrides. UserError as `python -m fastgan.train` would say it.
     """
     base = [f"experiment={experiment}", f"data.path={NOISE}", "run_dir=unused"]
-    dataset = experiment.removesuffix("_f").removesuffix("_d2o")
+    dataset = _dataset_of(experiment)
     if dataset in PUBLISHED_NETWORKS:
         base.append("init.path=null")
     config: cfg.TrainConfig = compose("train", cfg.TrainConfig, [*base, *overrides])
@@ -94,7 +93,11 @@ def live_step(config: cfg.TrainConfig, device: torch.device) -> LiveStep:
     """Builds the step of `config` on `device` in this process alone."""
     world = World(rank=0, local_rank=0, size=1, device=device)
     prepare_process(config, device)
-    data = _noise_for(config) if config.data.path == NOISE else build.dataset(config.data)
+    data: ImageDataset = (
+        build.dataset(config.data)
+        if config.data.path != NOISE
+        else NoiseImages(architecture_of(config), config.batch)
+    )
     network = build.generator(config, data).network
     discriminator = build.discriminator(config, network, data)
     build.prepare_generator(config, network)
@@ -102,29 +105,18 @@ def live_step(config: cfg.TrainConfig, device: torch.device) -> LiveStep:
     return LiveStep(config, step, build.batches(data, config, network.label_dim, world))
 
 
-def _noise_for(config: cfg.TrainConfig) -> NoiseImages:
-    """A batch of noise images of the shape and with as many classes as the network has."""
-    architecture = config.init.network
-    if config.init.path is not None:
-        architecture = load_network_file(existing(config.init.path, "init.path")).config
-    shape = {k: architecture.get(k, d) for k, d in (("img_resolution", 32), ("img_channels", 3))}
-    labels = architecture.get("label_dim") or 0
-    return NoiseImages(config.batch, shape["img_resolution"], shape["img_channels"], labels)
-
-
-_BACKBONE = "mobilenetv2_050"
-_BATCH = 2
+# A small network, for tests and dry runs. 64 channels at the bottom: less gives an ADM block no
+# attention head.
 _SMALL = {
     "model_channels": 32,
-    # 64 channels at the bottom: less gives an ADM block no attention head.
     "channel_mult": [1, 2],
     "num_blocks": 1,
     "attn_resolutions": [8],
     "img_resolution": 16,
     "img_channels": 3,
 }
-# Experiments whose network comes from a file that cannot be presumed here.
 _NARROW = {"cifar10_narrow": "cifar10_uncond"}
+"""Experiments whose network comes from a file that cannot be presumed here."""
 
 
 def tiny_overrides(experiment: str) -> list[str]:
@@ -133,20 +125,14 @@ def tiny_overrides(experiment: str) -> list[str]:
 
     An experiment whose network ships with the package keeps it, and its discriminator.
     """
-    dataset = experiment.removesuffix("_f").removesuffix("_d2o")
+    dataset = _dataset_of(experiment)
     published = PUBLISHED_NETWORKS.get(_NARROW.get(dataset, dataset))
     if published is None:
-        return [f"batch={_BATCH}"]
-    return [
-        f"batch={_BATCH}",
-        f"discriminator.backbones=[{_BACKBONE}]",
-        "init.path=null",
-        f"init.network={_hydra({**published, **_SMALL})}",
-    ]
+        return ["batch=2"]
+    entries = ", ".join(f"{key}: {value}" for key, value in {**published, **_SMALL}.items())
+    network = f"init.network={{{entries}}}"
+    return ["batch=2", "discriminator.backbones=[mobilenetv2_050]", "init.path=null", network]
 
 
-def _hydra(value: Any) -> str:
-    """A value in the grammar of Hydra's command line."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_hydra(entry)}" for key, entry in value.items()) + "}"
-    return str(value)
+def _dataset_of(experiment: str) -> str:
+    return experiment.removesuffix("_f").removesuffix("_d2o")

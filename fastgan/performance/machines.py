@@ -4,18 +4,19 @@ Datasheets: NVIDIA A100 80GB SXM, H100 SXM, H200 SXM; bfloat16 without sparsity,
 tensor cores. `measured_rates` reads what tools/gpu_report.py left in benchmarks/results/.
 """
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.benchmark import Timer
 
 from fastgan import config as cfg
 from fastgan.common.distributed import World
 from fastgan.common.errors import UserError
+from fastgan.common.files import parse_object
 from fastgan.performance.iteration import iteration_flop
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -36,14 +37,12 @@ class Machine:
     """Bytes read and written."""
     nvlink: float
     """Bytes to the other GPUs of the node, one direction."""
-    memory_gib: float
-    """What is left to a program, roughly."""
 
 
 MACHINES = (
-    Machine("A100", "NVIDIA A100-SXM4-80GB", 312e12, 19.5e12, 2.039e12, 300e9, 79),
-    Machine("H100", "NVIDIA H100 80GB HBM3", 989e12, 67e12, 3.35e12, 450e9, 79),
-    Machine("H200", "NVIDIA H200", 989e12, 67e12, 4.8e12, 450e9, 139),
+    Machine("A100", "NVIDIA A100-SXM4-80GB", 312e12, 19.5e12, 2.039e12, 300e9),
+    Machine("H100", "NVIDIA H100 80GB HBM3", 989e12, 67e12, 3.35e12, 450e9),
+    Machine("H200", "NVIDIA H200", 989e12, 67e12, 4.8e12, 450e9),
 )
 
 
@@ -54,9 +53,6 @@ class Assumption:
     value: float
     unit: str
     source: str
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 Assumptions = dict[str, Assumption]
@@ -80,7 +76,6 @@ def assumptions(machine: Machine, measured: Measured) -> Assumptions:
         "matmul_rate": Assumption(m.bf16_flop, "bf16 FLOP/s", "datasheet"),
         "float32_rate": Assumption(m.fp32_flop, "FLOP/s without tensor cores", "datasheet"),
         "copy_bandwidth": Assumption(m.bandwidth, "B/s read + written", "datasheet"),
-        "memory": Assumption(m.memory_gib, "GiB", "datasheet, less what the driver takes"),
         "sustained_share": Assumption(0.8, "of the FLOP/s above, by a large product", seen),
         "conv_forward_efficiency": Assumption(0.55, "of a large product's rate", seen),
         "conv_dgrad_efficiency": Assumption(0.55, "of it, both gradients", seen),
@@ -92,15 +87,15 @@ def assumptions(machine: Machine, measured: Measured) -> Assumptions:
         "network_bandwidth": Assumption(25e9, "B/s per GPU between nodes: 200 Gb/s", seen),
     }
     file, values = measured.get(machine.name, ("", {}))
+    values = dict(values)
+    best = max(values.get(f"conv_{d}_efficiency", 0.0) for d in ("forward", "dgrad"))
+    if best > found["floor_efficiency"].value:
+        values["floor_efficiency"] = best
     for key, value in values.items():
-        found[key] = Assumption(value, found[key].unit, f"measured, {file}")
+        found[key] = replace(found[key], value=value, source=f"measured, {file}")
     if "matmul_rate" in values:
-        unit = found["sustained_share"].unit
-        found["sustained_share"] = Assumption(1.0, unit, "they are such a product's")
-    convolutions = [values.get(f"conv_{d}_efficiency", 0) for d in ("forward", "dgrad")]
-    if max(convolutions) > found["floor_efficiency"].value:
-        unit = found["floor_efficiency"].unit
-        found["floor_efficiency"] = Assumption(max(convolutions), unit, f"measured, {file}")
+        source = "they are such a product's"
+        found["sustained_share"] = replace(found["sustained_share"], value=1.0, source=source)
     return found
 
 
@@ -112,26 +107,18 @@ def measured_rates(folder: Path = RESULTS) -> Measured:
     """
     found: Measured = {}
     for path in sorted(folder.glob("*/rates.json")):
-        content = _read(path)
+        try:
+            if path.stat().st_size > _LARGEST_FILE:
+                raise ValueError("larger than 64 MiB")
+            content = parse_object(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"cannot read the rates ({error}), {path}, a file of tools/gpu_report.py expected"
+            ) from error
         names = [m.name for m in MACHINES if m.chip == content.get("chip")]
         if names and not content.get("dry_run"):
-            place = f"{path.parent.name}/{path.name}"
-            found[names[0]] = place, _checked(content, path)
+            found[names[0]] = f"{path.parent.name}/{path.name}", _checked(content, path)
     return found
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise ValueError("larger than 64 MiB")
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"cannot read the rates ({error}), {path}, a file of tools/gpu_report.py expected"
-        ) from error
-    return content
 
 
 def _checked(content: dict[str, Any], path: Path) -> dict[str, float]:
@@ -157,12 +144,18 @@ def full_speed(
     """Images per second at which every GPU would compute at its datasheet's bf16 rate.
 
     Divides a measured speed into its MFU, of all processes together. None on a CPU and on GPUs
-    whose peak is not in `fastgan.performance.machines`.
+    whose peak is not in `MACHINES`.
     """
     if world.device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(world.device)
     peaks = [machine.bf16_flop for machine in MACHINES if machine.chip == name]
-    if not peaks:
-        return None
-    return world.size * peaks[0] / iteration_flop(config, architecture)
+    return world.size * peaks[0] / iteration_flop(config, architecture) if peaks else None
+
+
+def product_rate(device: torch.device, dtype: torch.dtype, side: int = 8192) -> list[float]:
+    """FLOP per second of a product of two side x side matrices of random numbers, in blocks of
+    calls; float32 as the process's TF32 setting says."""
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    timer = Timer("torch.mm(a, b, out=c)", globals={"a": a, "b": b, "c": torch.empty_like(a)})
+    return [2 * side**3 / t for t in timer.blocked_autorange(min_run_time=0.5).times]

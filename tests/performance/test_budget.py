@@ -1,46 +1,51 @@
-"""tools/budget.py: the model of time and memory by hand, measured rates, and what is printed."""
+"""tools/budget.py: the model of time by hand, measured rates, MFU, and what is printed."""
 
 import json
 import re
 import runpy
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from fastgan import config as cfg
+from fastgan.common.distributed import World
 from fastgan.common.errors import UserError
-from fastgan.performance.budget import GIB, GPUS, Budget, budgets, report, save_plot, smallest
-from fastgan.performance.counts import Layer, flop
-from fastgan.performance.iteration import Iteration, Parameters, Work
-from fastgan.performance.machines import MACHINES, Assumption, assumptions, measured_rates
+from fastgan.performance.budget import GPUS, Budget, budgets, report, save_plot, smallest
+from fastgan.performance.iteration import Iteration, Layer, Work, flop
+from fastgan.performance.live_step import measured_config
+from fastgan.performance.machines import (
+    MACHINES,
+    Assumption,
+    assumptions,
+    full_speed,
+    measured_rates,
+    product_rate,
+)
+from fastgan.training.monitor import Monitor
 
 ROOT = Path(__file__).parents[2]
-TOOL = ROOT / "tools/budget.py"
+CPU = torch.device("cpu")
 A100, _, H200 = MACHINES
-KEYS = {
-    *("experiment", "machine", "gpus", "g_forward_gflop", "d_forward_gflop", "iteration_gflop"),
-    *("allreduce_bytes", "floor_img_s", "expected_img_s", "hours_5m", "assumptions"),
-}
-# An H200 as others measured it, and floors worked out from that by hand, roughly.
+# An H200 as others measured it, and the floor worked out from that by hand, roughly.
 H200_SEEN = {"chip": "NVIDIA H200", "copy_bandwidth": 4.3e12, "matmul_rate": 7.9e14}
-H200_FLOORS = {"cifar10_uncond_d2o_f": 1500, "ffhq64_d2o_f": 1150, "imagenet64_d2o_f": 630}
+H200_FLOOR = 1150
 
 
 def of_one_layer(layer: Layer, gpus: int = 1, batch: int = 8, **changes: float) -> Budget:
     """A budget of G with one layer, twice forward and once in each direction backward."""
-    work = Work("generator", layer, 2, 1, 1)
-    counted = Iteration((layer,), (), (work,), Parameters(1000, 400, 50, 100), has_r1=True)
+    counted = Iteration((Work("generator", layer, 2, 1, 1),), 1000, trained=400, heads=100)
     assumed = assumptions(A100, {})
     assumed |= {k: Assumption(v, "", "test") for k, v in changes.items()}
     return Budget("one", A100, gpus, batch, cfg.Precision.bf16, counted, assumed)
 
 
 def test_a_layer_bound_by_arithmetic() -> None:
-    layer = Layer("convolution", flop=10**12, input_grad_flop=10**12, moved=1, moved_back=1)
+    layer = Layer("product", 10**12, moved=1, moved_back=1)
     budget = of_one_layer(layer, conv_forward_efficiency=0.5, conv_dgrad_efficiency=0.25)
     seconds = (2 / 0.5 + 2 / 0.25) * 1e12 / (0.8 * 312e12)
     assert budget.expected_img_s == pytest.approx(0.9 / seconds, rel=1e-4)
@@ -58,75 +63,54 @@ def test_a_norm_bound_by_memory() -> None:
 
 
 def test_a_small_layer_takes_the_least_time() -> None:
-    budget = of_one_layer(Layer("linear", flop=1, input_grad_flop=1), batch=1)
+    budget = of_one_layer(Layer("product", 1), batch=1)
     assert budget.expected_img_s == pytest.approx(0.9 / (4 * 5e-6), rel=1e-3)
 
 
 def test_weights_and_updates_are_traffic_once_per_iteration() -> None:
     """Adam: four reads and three writes of 4 bytes, and a check; the EMA: two reads, a write."""
-    none = Layer("linear", flop=1, input_grad_flop=1)
     updates = {"layer_seconds": 0.0, "copy_bandwidth": 1e6}
     seconds = (32 * 500 + 12 * 400) / 0.8e6 / 0.9
-    assert 8 / of_one_layer(none, **updates).expected_img_s == pytest.approx(seconds, rel=1e-3)
-    heavy = Layer("linear", flop=1, input_grad_flop=1, weights=10**6)
+    found = of_one_layer(Layer("product", 1), **updates)
+    assert 8 / found.expected_img_s == pytest.approx(seconds, rel=1e-3)
     seconds += 4 * 2e6 / 0.8e6 / 0.9
-    assert 8 / of_one_layer(heavy, **updates).expected_img_s == pytest.approx(seconds, rel=1e-3)
+    heavy = of_one_layer(Layer("product", 1, weights=10**6), **updates)
+    assert 8 / heavy.expected_img_s == pytest.approx(seconds, rel=1e-3)
 
 
-def test_gradients_are_averaged_over_the_slowest_link() -> None:
-    layer = Layer("linear", flop=1, input_grad_flop=1)
-    alone = of_one_layer(layer, batch=64, node_bandwidth=1e6, network_bandwidth=1e5)
-
-    def extra_seconds(gpus: int) -> float:
-        spread = of_one_layer(layer, gpus, 64, node_bandwidth=1e6, network_bandwidth=1e5)
-        return 0.9 * 64 * (1 / spread.expected_img_s - 1 / alone.expected_img_s)
-
-    assert extra_seconds(8) == pytest.approx(2 * 7 / 8 * 2000 / 1e6, rel=1e-3)
-    assert extra_seconds(16) == pytest.approx(2 * 15 / 16 * 2000 / 1e5, rel=1e-3)
+@pytest.mark.parametrize(("gpus", "bandwidth"), [(8, 1e6), (16, 1e5)])
+def test_gradients_are_averaged_over_the_slowest_link(gpus: int, bandwidth: float) -> None:
+    links = {"node_bandwidth": 1e6, "network_bandwidth": 1e5}
+    alone, spread = (of_one_layer(Layer("product", 1), n, 64, **links) for n in (1, gpus))
+    extra = 0.9 * 64 * (1 / spread.expected_img_s - 1 / alone.expected_img_s)
+    assert extra == pytest.approx(2 * (gpus - 1) / gpus * 2000 / bandwidth, rel=1e-3)
 
 
-def test_memory_by_part() -> None:
-    found = of_one_layer(Layer("convolution", kept=GIB // 16), gpus=2).memory_gib()
-    assert found["activations_g"] == pytest.approx(4 * 2 / 16)
-    assert found["weights"] * GIB == pytest.approx(4 * 1150 + 2 * 600)
-    assert found["optimiser"] * GIB == pytest.approx(8 * 500)
-    assert found["ema"] * GIB == pytest.approx(4 * 400)
-    assert found["gradients"] * GIB == pytest.approx(4 * 400)
-    assert found["peak"] == pytest.approx(0.5, abs=1e-4)
-    real = budgets("cifar10_uncond_d2o_f", [], {}, [8])[0].memory_gib()
-    fixed = sum(real[name] for name in ("weights", "gradients", "optimiser", "ema"))
-    # D's graph and the graph of its gradient, without G's.
-    assert real["peak"] == pytest.approx(fixed + 2 * real["activations_d"])
+def test_a_published_experiment(tmp_path: Path) -> None:
+    """Against an estimate by others, the first table of the document, and float32 for D."""
+    measured = measured_rates(rates(tmp_path, H200_SEEN))
+    found = budgets("ffhq64_d2o_f", [], measured)
+    by = {(b.machine.name, b.gpus): b for b in found}
+    assert list(by) == [(m.name, g) for m in MACHINES for g in GPUS]
+    assert by["H200", 1].floor_img_s == pytest.approx(H200_FLOOR, rel=0.08)
+    assert all(b.expected_img_s < b.floor_img_s for b in found)
+    assert all(by["A100", g].expected_img_s < by["H200", g].expected_img_s for g in GPUS)
 
+    counted = found[0].iteration
+    parts = (counted.layers("generator"), counted.layers("features", "heads"))
+    numbers = (*map(flop, parts), counted.flop)
+    cells = " | ".join(f"{number / 1e9:.1f}" for number in numbers)
+    assert f"| `ffhq64_d2o_f` | {cells} |" in (ROOT / "docs/budget.md").read_text()
 
-def test_strict_float32_slows_the_discriminator_only() -> None:
-    rows = {
-        p: budgets("cifar10_uncond_d2o_f", [f"precision={p}"], {}, [8])[0]
-        for p in ("bf16", "published")
-    }
-    d_flop = sum(w.flop for w in rows["bf16"].iteration.work if w.part != "generator")
-    slower = 256 / rows["published"].floor_img_s - 256 / rows["bf16"].floor_img_s
+    strict = budgets("ffhq64_d2o_f", ["precision=published"], {}, [8])[0]
+    d_flop = sum(w.flop for w in counted.work if w.part != "generator")
+    slower = 256 / strict.floor_img_s - 256 / by["A100", 8].floor_img_s
     arithmetic = 32 * d_flop / 0.75 * (1 / 19.5e12 - 1 / 312e12)
     assert slower == pytest.approx(arithmetic, rel=0.01)
 
 
-@pytest.mark.parametrize("experiment", H200_FLOORS)
-def test_published_experiments_against_estimates_by_others(experiment: str, tmp_path: Path) -> None:
-    measured = measured_rates(rates(tmp_path, H200_SEEN))
-    found = budgets(experiment, [], measured)
-    assert [(b.machine.name, b.gpus) for b in found] == [
-        (m.name, g) for m in MACHINES for g in GPUS
-    ]
-    by = {(b.machine.name, b.gpus): b for b in found}
-    assert by["H200", 1].floor_img_s == pytest.approx(H200_FLOORS[experiment], rel=0.08)
-    assert all(b.expected_img_s < b.floor_img_s for b in found)
-    assert all(by["A100", g].expected_img_s < by["H200", g].expected_img_s for g in GPUS)
-    if experiment == "imagenet64_d2o_f":
-        assert 40 < 5e6 / by["A100", 8].floor_img_s / 60 < 60
-
-
 def test_the_smallest_machine_is_the_smallest() -> None:
-    example = budgets("imagenet64_d2o_f", [], {}, [1])[0]
+    example = of_one_layer(Layer("product", 10**12), batch=512)
     found = smallest(example, example.hours_5m / 3)
     # 512 images do not split over 3 GPUs, and 4 are not quite 4 times as fast as one.
     assert found is not None and found.gpus == 4
@@ -185,53 +169,96 @@ def test_broken_rates_are_refused_by_name(content: Any, said: str, tmp_path: Pat
     assert "rates.json" in str(refusal.value)
 
 
-def test_the_report_answers_the_question() -> None:
-    found = budgets("ffhq64_d2o_f", ["batch=24"], {})
-    text = report(found)
-    assert "=> fits 6 hours on 8 x A100" in text
+def test_full_speed_is_the_peak_of_all_gpus_over_the_work_of_an_image(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = measured_config("ffhq64_d2o_f", [])
+
+    def found(name: str, device: str) -> float | None:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        world = World(rank=0, local_rank=0, size=8, device=torch.device(device))
+        return full_speed(config, config.init.network, world)
+
+    # 312 TFLOP/s each; an iteration has about 454 GFLOP an image, by the method's own counts.
+    assert found(A100.chip, "cuda") == pytest.approx(8 * 312e12 / 454e9, rel=0.01)
+    assert found(A100.chip, "cpu") is None and found("Some other GPU", "cuda") is None
+
+
+@pytest.mark.parametrize("speed", [None, 1000.0])
+def test_a_tick_reports_mfu_where_it_is_known(tmp_path: Path, speed: float | None) -> None:
+    monitor = Monitor(tmp_path, total_images=8, nimg=0, device=CPU, main=True, full_speed=speed)
+    monitor.advance(8)
+    monitor.tick({})
+    monitor.close()
+    line = json.loads((tmp_path / "stats.jsonl").read_text())
+    assert ("Timing/mfu" in line) == (speed is not None)
+    if speed is not None:
+        assert line["Timing/mfu"] == pytest.approx(line["Timing/img_per_sec"] / speed)
+
+
+def test_the_rate_of_a_product() -> None:
+    found = product_rate(CPU, torch.float32, side=64)
+    assert len(found) > 1 and all(1e6 < rate < 1e13 for rate in found)
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[object, str, str]]:
+    """tools/budget.py without a process of its own: status, stdout, stderr."""
+
+    def call(*arguments: str) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["budget.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "tools/budget.py"), run_name="__main__")
+        return (ended.value.code, *capsys.readouterr())
+
+    return call
+
+
+def test_the_command_answers_in_words_and_a_picture(
+    command: Callable[..., tuple[object, str, str]], tmp_path: Path
+) -> None:
+    plot = tmp_path / "plot.png"
+    asked = ("--experiment", "ffhq64_d2o_f", "demo", "--set", "batch=24", "--plot", str(plot))
+    code, text, err = command(*asked)
+    assert (code or 0, err) == (0, "")
+    assert "=> fits 6 hours on 8 x A100" in text and "no speed here was measured" in text
     assert re.search(r"=> fewest GPUs for 6 hours: [12] x A100 \([0-9.]+ h\), 1 x H100", text)
-    assert text.count("batch 24 does not split over 16 GPUs") == 3
-    assert "no speed here was measured" in text
-    for name in found[0].assumptions:
-        assert f"  {name} " in text
+    assert text.count("batch 24 does not split over 16 GPUs") == 6
+    assert all(f"  {name} " in text for name in assumptions(A100, {}))
+    picture = Image.open(plot)
+    assert picture.width > 800 and len(picture.convert("RGB").getcolors(10**6)) > 50
+    assert [p.name for p in tmp_path.iterdir()] == ["plot.png"]
     slow = report(budgets("ffhq64_d2o_f", ["precision=published", "batch=8"], {}))
     assert "=> does not fit 6 hours on 8 x A100" in slow
-
-
-def test_a_plot_is_a_picture(tmp_path: Path) -> None:
-    found = budgets("ffhq64_d2o_f", ["batch=24"], {}) + budgets("afhqv2_64_d2o_f", [], {})
-    save_plot(found, tmp_path / "plot.png")
-    picture = Image.open(tmp_path / "plot.png")
-    assert picture.width > 1000 and len(picture.convert("RGB").getcolors(10**6)) > 50
-    assert [p.name for p in tmp_path.iterdir()] == ["plot.png"]
 
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"matplotlib is not installed, .*fastgan\[plot\]"):
-        save_plot(budgets("ffhq64_d2o_f", [], {}), tmp_path / "plot.png")
+        save_plot([of_one_layer(Layer("product", 1))], tmp_path / "plot.png")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_prints_what_others_read() -> None:
-    options = ("--json", "--experiment", "ffhq64_d2o_f", "demo", "--set", "share_fakes=true")
-    command = [sys.executable, str(TOOL), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
-    rows = json.loads(done.stdout)
+def test_the_command_prints_what_others_read(
+    command: Callable[..., tuple[object, str, str]],
+) -> None:
+    _, out, _ = command("--json", "--experiment", "ffhq64_d2o_f", "--set", "batch=48")
+    rows = json.loads(out)
     assert [(r["experiment"], r["machine"], r["gpus"]) for r in rows] == [
-        (e, m.name, g) for e in ("ffhq64_d2o_f", "demo") for m in MACHINES for g in GPUS
+        ("ffhq64_d2o_f", m.name, g) for m in MACHINES for g in GPUS
     ]
-    assert all(set(row) >= KEYS for row in rows)
     first = rows[0]
     assert first["g_forward_gflop"] == pytest.approx(84.9, abs=0.05)
     assert first["d_forward_gflop"] == pytest.approx(35.3 + 0.7 + 1.5 + 2.3 + 0.3 + 2.3, abs=0.2)
-    # 2 G, 4 D but once less what is frozen in it, the heads' own gradients on fakes and reals.
-    passes = 2 * 84.9 + 4 * 42.3 - (42.3 - 4.5) + 2 * 4.5 + 2 * 4.5
-    assert first["iteration_gflop"] == pytest.approx(passes, rel=0.05)
+    # 3 G and its weight gradients, 4 D, the heads' own gradients on fakes and reals; and R1.
+    assert first["iteration_gflop"] == pytest.approx(454.2, abs=0.05)
+    assert first["allreduce_bytes"] == pytest.approx(123e6, rel=0.01)
     assert first["hours_5m"] == pytest.approx(5e6 / first["expected_img_s"] / 3600)
+    assert first["floor_img_s"] > first["expected_img_s"]
     assert {"value", "unit", "source"} == set(first["assumptions"]["copy_bandwidth"])
-    undivided = [row for row in rows if row["experiment"] == "demo" and row["gpus"] == 64]
+    undivided = [row for row in rows if row["gpus"] == 64]
     assert all(r["hours_5m"] is None and "does not split" in r["problem"] for r in undivided)
 
 
@@ -244,25 +271,8 @@ def test_the_command_prints_what_others_read() -> None:
     ],
 )
 def test_a_mistake_is_one_line(
-    arguments: list[str],
-    said: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], said: str, command: Callable[..., tuple[object, str, str]]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["budget.py", *arguments])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(TOOL), run_name="__main__")
-    out, err = capsys.readouterr()
-    lines = err.splitlines()
-    assert (end.value.code, out, len(lines)) == (1, "", 1)
-    assert lines[0].startswith("error: ") and said in lines[0]
-
-
-def test_the_document_has_the_counts() -> None:
-    """Its first table: GFLOP of G, of D and of an iteration, M parameters, all-reduce MB."""
-    text = (ROOT / "docs/budget.md").read_text()
-    for experiment in ("cifar10_uncond_d2o_f", "imagenet64_d2o_f"):
-        counted = budgets(experiment, [], {}, [1])[0].iteration
-        numbers = (flop(counted.generator), flop(counted.discriminator), counted.flop)
-        cells = " | ".join(f"{number / 1e9:.1f}" for number in numbers)
-        assert f"| `{experiment}` | {cells} |" in text
+    code, out, err = command(*arguments)
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    assert err.startswith("error: ") and said in err

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks.gpu_report.variants import restore_settings, take_settings
 from fastgan.common.errors import UserError
+from fastgan.launch.checks import check_train
 from fastgan.models import network_from_config
 from fastgan.models.build import PUBLISHED_NETWORKS
-from fastgan.performance.live_step import live_step, measured_config
+from fastgan.performance.live_step import live_step, measured_config, tiny_overrides
 from tests.conftest import GOLDEN
 
 CPU = torch.device("cpu")
@@ -42,21 +42,22 @@ def test_published_networks_have_the_parameters_of_the_released_files(name: str)
 @pytest.fixture
 def other_arithmetic() -> Iterator[None]:
     """What training must not find."""
-    before = take_settings()
-    restore_settings(before | {"matmul": True, "cudnn": True, "benchmark": False})
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = True, True, False
     yield
-    restore_settings(before)
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
 
 
 def test_a_step_runs_without_any_file(other_arithmetic: None) -> None:
     live = live_step(measured_config("cifar10_cond_d2o_f", SMALL), CPU)
-    before = {n: t.clone() for n, t in live.state().items()}
+    before = {n: t.clone() for n, t in live.step.state().items()}
     result = live.run(16)
     assert {"Loss/G", "Loss/D", "Loss/R1"} <= result.scalars.keys()
     assert result.skipped == {"G": 0, "D": 0, "R1": 0}
-    assert any((t != before[n]).any() for n, t in live.state().items() if n in before)
-    found = take_settings()
-    assert (found["matmul"], found["cudnn"], found["benchmark"]) == (False, False, True)
+    assert any((t != before[n]).any() for n, t in live.step.state().items() if n in before)
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.benchmark
 
 
 def test_an_experiment_is_measured_at_its_own_settings() -> None:
@@ -69,3 +70,16 @@ def test_an_experiment_is_measured_at_its_own_settings() -> None:
 def test_an_experiment_without_a_network_asks_for_one() -> None:
     with pytest.raises(UserError, match=r"cifar10_narrow_d2o_f .* init\.network="):
         measured_config("cifar10_narrow_d2o_f", ["init.path=null"])
+
+
+@pytest.mark.parametrize("experiment", ["cifar10_uncond_d2o", "imagenet64_d2o_f", "demo"])
+def test_tiny_experiments_keep_their_kind(experiment: str) -> None:
+    config = measured_config(experiment, [*tiny_overrides(experiment), "batch=4"])
+    check_train(config)
+    assert config.batch == 4
+    large = PUBLISHED_NETWORKS.get(experiment.removesuffix("_f").removesuffix("_d2o"))
+    if large is not None:
+        kept = ("model_type", "encoder_type", "embedding_type", "label_dim", "resample_filter")
+        tiny = config.init.network
+        assert {k: tiny.get(k) for k in kept} == {k: large.get(k) for k in kept}
+        assert tiny["model_channels"] < large["model_channels"]
