@@ -148,7 +148,7 @@ def test_only_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     original = norm_silu.group_norm_silu_backward
 
     def spy(*arguments: object, **options: object) -> object:
-        asked.append(arguments[-1])  # type: ignore[arg-type]
+        asked.append(options["wanted"])  # type: ignore[arg-type]
         return original(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(norm_silu, "group_norm_silu_backward", spy)
