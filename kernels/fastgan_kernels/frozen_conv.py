@@ -69,18 +69,13 @@ def frozen_conv2d_input_grad(
     return to_channels_last(F.conv_transpose2d(dy, weight, None, stride, padding, rest))
 
 
-@torch.library.custom_op("fastgan::frozen_conv2d", mutates_args=())
-def _op(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    flipped: Tensor | None,
-    stride: int,
-    padding: int,
-) -> Tensor:
-    return frozen_conv2d_forward(x, weight, bias, stride, padding)
-
-
+_op = torch.library.custom_op(
+    "fastgan::frozen_conv2d",
+    lambda x, weight, bias, flipped, *rest: frozen_conv2d_forward(x, weight, bias, *rest),
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? flipped, int stride, int padding)"
+    " -> Tensor",
+)
 _input_grad_op = torch.library.custom_op(
     "fastgan::frozen_conv2d_input_grad", frozen_conv2d_input_grad, mutates_args=()
 )

@@ -268,22 +268,9 @@ def resize_normalize(
     result, which is channels_last and in `dtype` (x's if None). Twice differentiable. Images of
     more than 1024 pixels a side go to PyTorch's operator. ValueError names what does not fit.
     """
-    _check(x, mean, std, size, dtype)
-    dtype = dtype or x.dtype
-    chosen = dispatch.implementation(OP, x.device.type, torch.promote_types(x.dtype, dtype))
-    if chosen == "reference":
-        return resize_normalize_ref(x, mean, std, size, dtype=dtype)
-    scale = [0.5 / s for s in std]
-    offset = [(0.5 - m) / s for m, s in zip(mean, std, strict=True)]
-    if chosen == "library" or max(size, *x.shape[2:]) > LARGEST:
-        return _library(x, scale, offset, size, dtype)
-    return _op(x, scale, offset, size, dtype)
-
-
-def _check(
-    x: Tensor, mean: Sequence[float], std: Sequence[float], size: int, dtype: torch.dtype | None
-) -> None:
     check_image("x", x)
+    dtype = dtype or x.dtype
+    check_dtype("dtype", dtype)
     if x.shape[1] not in (1, 3):
         raise ValueError(f"x has {x.shape[1]} channels, 1 or 3 would do")
     for name, values in (("mean", mean), ("std", std)):
@@ -293,4 +280,11 @@ def _check(
         raise ValueError(f"std is {list(std)}, positive numbers would do")
     if size < 1:
         raise ValueError(f"size is {size}, 1 or more would do")
-    check_dtype("dtype", dtype or x.dtype)
+    chosen = dispatch.implementation(OP, x.device.type, torch.promote_types(x.dtype, dtype))
+    if chosen == "reference":
+        return resize_normalize_ref(x, mean, std, size, dtype=dtype)
+    scale = [0.5 / s for s in std]
+    offset = [(0.5 - m) / s for m, s in zip(mean, std, strict=True)]
+    if chosen == "library" or max(size, *x.shape[2:]) > LARGEST:
+        return _library(x, scale, offset, size, dtype)
+    return _op(x, scale, offset, size, dtype)

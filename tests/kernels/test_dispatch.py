@@ -1,13 +1,16 @@
 """Which implementation runs, and what is said about it."""
 
+import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from fastgan_kernels import __main__ as command
 from fastgan_kernels import dispatch
 from fastgan_kernels.dispatch import (
     IMPLEMENTATIONS,
@@ -16,15 +19,20 @@ from fastgan_kernels.dispatch import (
     twice_differentiable,
     use,
 )
+from fastgan_kernels.norm_silu import _apex_module, group_norm_silu, group_norm_silu_ref
 from fastgan_kernels.norm_silu_conv import table as conv_table
+from fastgan_kernels.runtime import FLOATS
+from oracle import DEVICE, assert_as_accurate
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-ROOT = Path(__file__).resolve().parents[2]
 FOUND_OUT = (
     dispatch.unknown_architecture,
-    dispatch.unmeasured_architecture,
+    conv_table.unmeasured,
     dispatch._say_once,
+    dispatch.fused_adam,
+    _apex_module,
 )
-TRITON_OPS = [op for op, names in IMPLEMENTATIONS.items() if "triton" in names]
 
 
 @pytest.fixture(autouse=True)
@@ -48,17 +56,16 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-@pytest.mark.parametrize("op", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", dispatch.FLOATS)
 @pytest.mark.parametrize("capability", dispatch.KNOWN_ARCHITECTURES)
 def test_a_known_gpu_runs_the_first_implementation(
-    op: str, dtype: torch.dtype, capability: tuple[int, int], gpu: pytest.MonkeyPatch
+    capability: tuple[int, int], gpu: pytest.MonkeyPatch
 ) -> None:
     gpu.setattr(torch.cuda, "get_device_capability", lambda: capability)
     conv_table.path(capability).touch()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choose(op, "cuda", dtype).implementation == IMPLEMENTATIONS[op][0]
+        for op, names in IMPLEMENTATIONS.items():
+            assert {choose(op, "cuda", dtype).implementation for dtype in FLOATS} == {names[0]}
 
 
 @pytest.mark.parametrize("setting", ["auto", "triton"])
@@ -82,7 +89,7 @@ def test_a_gpu_never_tried_falls_back_with_one_line(
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for _ in range(3):
-            for dtype in dispatch.FLOATS:
+            for dtype in FLOATS:
                 assert choose("group_norm_silu", "cuda", dtype).implementation == "library"
     assert len(said) == 1
     assert f"sm_{capability[0]}{capability[1]}" in str(said[0].message)
@@ -110,11 +117,14 @@ def test_the_package_imports_without_triton() -> None:
         "import sys, importlib.util as u; find = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
         "sys.modules['triton'] = None\n"
-        "import torch, kernels\n"
+        "import torch, fastgan_kernels as k\n"
         "x = torch.randn(1, 8, 4, 4)\n"
-        "print(kernels.group_norm_silu(x, 2).shape, kernels.resample2x(x, [1, 1], up=True).shape)"
+        "print(k.group_norm_silu(x, 2).shape, k.resample2x(x, [1, 1], up=True).shape)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    environment = {**os.environ, "PYTHONPATH": str(Path(dispatch.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+    )
     assert done.stdout == "torch.Size([1, 8, 4, 4]) torch.Size([1, 8, 8, 8])\n", done.stderr
 
 
@@ -145,7 +155,7 @@ def test_one_op_at_a_time() -> None:
 @pytest.mark.parametrize("op", IMPLEMENTATIONS)
 def test_triton_for_all_means_those_that_have_one(op: str) -> None:
     use("triton")
-    expected = "triton" if op in TRITON_OPS else "library"
+    expected = "triton" if "triton" in IMPLEMENTATIONS[op] else "library"
     expected = "reference" if op == "norm_silu_conv" else expected  # as auto says, on a CPU
     assert implementation(op, "cpu", torch.float32) == expected
 
@@ -199,22 +209,118 @@ def test_compiled_code_follows_the_setting() -> None:
     assert compiled(x).item() == 2
 
 
-def test_the_command_prints_a_row_for_each_op_and_dtype() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "kernels"], capture_output=True, text=True, cwd=ROOT
-    )
-    lines = done.stdout.splitlines()
-    assert done.returncode == 0, done.stderr
+def run(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["fastgan_kernels"])
+    return command.main()
+
+
+def test_the_command_prints_a_row_for_each_op_and_dtype(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch) == 0
+    lines = capsys.readouterr().out.splitlines()
     devices = 2 if torch.cuda.is_available() else 1
     assert len(lines) == 1 + len(IMPLEMENTATIONS) * devices * 4
     assert lines[0].split()[:3] == ["op", "device", "dtype"]
     assert all("reference" in line for line in lines if " cpu " in line)
 
 
-def test_the_command_refuses_a_wrong_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_refuses_a_wrong_setting(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv(dispatch.VARIABLE, "fast")
-    command = [sys.executable, "-m", "kernels"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: no 'fast', in FASTGAN_KERNELS=fast, one of auto")
-    assert len(done.stderr.splitlines()) == 1
+    assert run(monkeypatch) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1
+    assert err.startswith("error: no 'fast', in FASTGAN_KERNELS=fast, one of auto")
+
+
+def module(monkeypatch: pytest.MonkeyPatch, path: str, **content: object) -> None:
+    """Installs `path` as an importable module with these names, its parents too."""
+    parts = path.split(".")
+    for i in range(len(parts)):
+        name = ".".join(parts[: i + 1])
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    vars(sys.modules[path]).update(content)
+
+
+class NhwcGroupNorm(nn.GroupNorm):
+    """The signature of apex's module."""
+
+    def __init__(self, groups: int, channels: int, eps: float, affine: bool, act: str) -> None:
+        super().__init__(groups, channels, eps, affine)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.is_contiguous(memory_format=torch.channels_last)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        y = F.group_norm(x, self.num_groups, weight, bias, self.eps)
+        return F.silu(y) if self.act == "silu" else y
+
+
+@pytest.mark.parametrize("modulated", [True, False])
+def test_apex_is_wired_right(modulated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    module(monkeypatch, "apex.contrib.group_norm", GroupNorm=NhwcGroupNorm)
+    monkeypatch.setattr(dispatch, "_obstacle", lambda *_: None)
+    use("group_norm_silu=apex")
+    x = torch.randn(2, 32, 4, 4, device=DEVICE)
+    weight, bias, *rows = torch.randn(4, 32, device=DEVICE)
+    options = {"pre_shift": rows[0][None]}
+    if modulated:
+        options |= {"scale": rows[0][None], "shift": rows[1][None]}
+    y = group_norm_silu(x, 16, weight, bias, **options)
+    assert torch.allclose(y, group_norm_silu_ref(x, 16, weight, bias, **options), atol=1e-5)
+    assert _apex_module.cache_info().currsize == 1
+
+
+def obstacle(name: str, device_type: str) -> str | None:
+    op = {"apex": "group_norm_silu", "xformers": "attention"}[name]
+    return dispatch._obstacle(op, name, device_type, torch.float32)
+
+
+def test_a_broken_installation_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyPI's apex has no contrib; an apex built against another CUDA fails in its own ways."""
+    module(monkeypatch, "apex")
+    module(monkeypatch, "xformers")
+    assert obstacle("apex", "cuda") == "apex is not installed"
+    assert obstacle("xformers", "cuda") == "xformers is not installed"
+    assert dispatch.fused_adam() is None
+
+
+def test_they_need_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    module(monkeypatch, "apex.contrib.group_norm", GroupNorm=NhwcGroupNorm)
+    assert obstacle("apex", "cpu") == "apex needs a CUDA device"
+    assert obstacle("apex", "cuda") is None
+
+
+needs_apex = pytest.mark.skipif(obstacle("apex", DEVICE) is not None, reason="apex is missing")
+
+
+@needs_apex
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_apex_group_norm_is_as_accurate(dtype: torch.dtype) -> None:
+    x = torch.randn(4, 256, 16, 16, device=DEVICE, dtype=dtype)
+    weight, bias = (torch.randn(256, device=DEVICE) for _ in range(2))
+    results = []
+    for setting in ("group_norm_silu=apex", "library"):
+        use(setting)
+        results.append({"y": group_norm_silu(x, 32, weight, bias)})
+    exact = group_norm_silu_ref(x.double(), 32, weight.double(), bias.double())
+    assert_as_accurate(*results, {"y": exact})
+
+
+@needs_apex
+def test_fused_adam_is_adam() -> None:
+    make = dispatch.fused_adam()
+    assert make is not None
+    ours, theirs = (nn.Parameter(torch.ones(1000, device=DEVICE)) for _ in range(2))
+    optimizers = [
+        kind([p], lr=1e-3, betas=(0.0, 0.99), eps=1e-8)
+        for kind, p in ((make, ours), (torch.optim.Adam, theirs))
+    ]
+    for k in range(5):
+        gradient = torch.sin(torch.arange(1000.0, device=DEVICE) + k)
+        for p, optimizer in zip((ours, theirs), optimizers, strict=True):
+            p.grad = gradient.clone()
+            optimizer.step()
+    assert torch.allclose(ours, theirs, atol=1e-6)

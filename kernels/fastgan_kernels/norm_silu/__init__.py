@@ -11,7 +11,6 @@ kernels and what starts them are in device.py, how they cut a sample in tiles.py
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +101,7 @@ def _apex_module(channels: int, groups: int, eps: float, act: bool) -> torch.nn.
     return make(groups, channels, eps=eps, affine=True, act="silu" if act else "")
 
 
-def _backward_named(*arguments: Any) -> list[Tensor]:
+def _backward_named(*arguments):
     names = arguments[-1].split()
     found = group_norm_silu_backward(*arguments[:-1], wanted=frozenset(names))
     return [getattr(found, name) for name in names]

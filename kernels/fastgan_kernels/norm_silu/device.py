@@ -4,8 +4,7 @@ A program owns one sample and a slab of whole groups, so that programs share not
 the same bits every time. Where the slab fits into registers it is read once. A larger one is swept
 twice, backwards the second time, so that what was read last is found first. Only the slabs of the
 programs that run at the same time have to stay in the cache for device memory to see a single
-read; where the cache holds fewer, the batch is launched in chunks. Bytes per element over device
-memory (bf16): forward 4 (read x, write y), backward 6 (read x and dy, write dx). Bound by memory.
+read; where the cache holds fewer, the batch is launched in chunks.
 """
 
 from collections.abc import Sequence
@@ -115,12 +114,8 @@ def _two_tile_forward_kernel(
     )  # fmt: skip
     offs, mask = place(0, offs_t, mask_t, pixels, channels, BLOCK)
     store_y(y_ptr, offs, mask, u_t, mean_t, a * rstd_t, b, ACT)
-    store_statistics(
-        mean_ptr, rstd_ptr, n, groups, offs_h, chan_h, mask_h, mean_h, rstd_h, GROUP
-    )  # fmt: skip
-    store_statistics(
-        mean_ptr, rstd_ptr, n, groups, offs_t, chan_t, mask_t, mean_t, rstd_t, GROUP
-    )  # fmt: skip
+    store_statistics(mean_ptr, rstd_ptr, n, groups, offs_h, chan_h, mask_h, mean_h, rstd_h, GROUP)
+    store_statistics(mean_ptr, rstd_ptr, n, groups, offs_t, chan_t, mask_t, mean_t, rstd_t, GROUP)
 
 
 @triton.jit
@@ -139,9 +134,7 @@ def _dz_and_xhat(
 
 
 @triton.jit
-def _store_dx(
-    dx_ptr, residual_ptr, offs, mask, dz, xhat, a, rstd, m1, m2, residual_scale
-):  # fmt: skip
+def _store_dx(dx_ptr, residual_ptr, offs, mask, dz, xhat, a, rstd, m1, m2, residual_scale):
     """rstd (a dz - m1 - xhat m2), plus what comes to x along the residual."""
     dx = rstd[None, :] * (a[None, :] * dz - m1[None, :] - xhat * m2[None, :])
     if residual_ptr is not None:
@@ -213,9 +206,7 @@ def _backward_kernel(
             residual_ptr += base
         if STOP is not None:
             offs, mask = place(0, offs_s, mask_c, pixels, channels, BLOCK)
-            _store_dx(
-                dx_ptr, residual_ptr, offs, mask, dz, xhat, a, rstd, m1, m2, residual_scale
-            )  # fmt: skip
+            _store_dx(dx_ptr, residual_ptr, offs, mask, dz, xhat, a, rstd, m1, m2, residual_scale)
         else:
             for done in range(0, pixels, BLOCK):
                 start = last_tile(pixels, BLOCK) - done
