@@ -11,12 +11,12 @@ from fastgan_kernels.attention import (
     Conv,
     Norm,
     _dense_heads,
+    _sdpa,
     attention_ref,
     self_attention,
 )
 from oracle import DEVICE, assert_as_accurate, results
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def make() -> dict[str, Tensor]:
@@ -82,22 +82,14 @@ def test_fused_attention_gets_heads_whose_elements_are_neighbours(
     assert torch.equal(mixed, qkv.reshape(2, 3, 16, 4, 4)[:, 2])
 
 
-@pytest.mark.parametrize("stand_in", [True, False])
-def test_xformers_attention(stand_in: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_xformers_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """With PyTorch's kernel in xformers' place where that is missing; also as one graph."""
-    if stand_in:
-
-        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
+    if dispatch._obstacle("attention", "xformers", DEVICE, torch.float32):
         ops = ModuleType("xformers.ops")
-        ops.memory_efficient_attention = attention  # type: ignore[attr-defined]
+        ops.memory_efficient_attention = _sdpa  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
         monkeypatch.setitem(sys.modules, "xformers.ops", ops)
         monkeypatch.setattr(dispatch, "_obstacle", lambda *_: None)
-    elif missing := dispatch._obstacle("attention", "xformers", DEVICE, torch.float32):
-        pytest.skip(missing)
     expected = by_definition(**make())
     dispatch.use("attention=xformers")
     torch.compiler.reset()

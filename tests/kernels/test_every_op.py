@@ -103,7 +103,7 @@ OPS = {
     "resize_normalize": Op(
         resize_normalize,
         resize_normalize_ref,
-        {"x": (2, 3, 4, 5)},
+        {"x": (2, 1, 4, 5)},
         {"size": 7} | NORMAL,
         registered=("_op", "_adjoint_op"),
     ),
