@@ -60,7 +60,7 @@ def block(function: Callable[..., Tensor], x: Tensor, **p: Tensor) -> Tensor:
         Conv(p[f"{name}_weight"], p[f"{name}_bias"]) for name in ("conv0", "conv1", "skip")
     )
     given = {name: p[name] for name in ("pre_shift", "scale", "shift")}
-    given |= {"skip": skip, "resample": "down", "filter": (1, 3, 3, 1), "gain": 0.7}
+    given |= {"skip": skip, "resample": "down", "filter": (1, 2), "gain": 0.7}
     return function(x, norms[0], first, norms[1], second, **given)
 
 
@@ -98,7 +98,7 @@ OPS = {
         resample2x,
         resample2x_ref,
         {"x": (2, 3, 4, 6), "residual": (2, 3, 8, 12), "bias": (3,)},
-        {"filter": [1, 3, 3, 1], "up": True, "gain": 0.5},
+        {"filter": [1, 2], "up": True, "gain": 0.5},
     ),
     "resize_normalize": Op(
         resize_normalize,
