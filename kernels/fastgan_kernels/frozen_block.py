@@ -207,9 +207,8 @@ def backward(
     assert of_norm1.x is not None
     of_norm0 = _first_half_gradients(of_norm1.x, i, statistics0, asked, found.get("x"))
     found |= {"x": of_norm0.x, "affine0": of_norm0.affine, "affine1": of_norm1.affine}
-    for name, value in (("pre_shift", i.pre_shift), ("scale", i.scale), ("shift", i.shift)):
-        if name in asked and value is not None:
-            found[name] = getattr(of_norm1, name).to(value.dtype)
+    for name in asked & {"pre_shift", "scale", "shift"}:
+        found[name] = getattr(of_norm1, name).to(getattr(i, name).dtype)
     return [found[name] for name in wanted.split()]  # type: ignore[misc]
 
 
@@ -263,14 +262,9 @@ def _pixels(x: Tensor) -> Tensor:
     return x.movedim(1, 3).flatten(0, 2)
 
 
-_TENSORS = "Tensor x, " + "".join(
-    f"Tensor{'?' if name in ('pre_shift', 'scale', 'shift', 'skip_weight', 'skip_bias') else ''} "
-    f"{name}, "
-    for name in Inputs._fields[1:14]
-)
-_SCHEMA = (
-    _TENSORS + "int groups0, int groups1, float eps0, float eps1, str resample, float[] taps, "
-    "float gain"
+_TYPES: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", list[float]: "float[]"}
+_SCHEMA = ", ".join(
+    f"{_TYPES.get(kind) or kind.__name__} {name}" for name, kind in Inputs.__annotations__.items()
 )
 # One gradient of weight and bias together for each norm, see group_norm_silu_backward.
 _GRADIENTS = ("x", "affine0", "affine1", "pre_shift", "scale", "shift", "skip_weight", "skip_bias")

@@ -130,26 +130,24 @@ def test_float64_and_the_cpu_take_the_definition(gpu: pytest.MonkeyPatch) -> Non
     assert (choice.implementation, choice.reason) == ("reference", "not on a GPU")
 
 
-def test_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_for_all_and_for_one_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment wins; triton for all means those that have one, and were measured."""
+
+    def found() -> dict[str, str]:
+        return {op: implementation(op, "cpu", torch.float32) for op in IMPLEMENTATIONS}
+
+    use("library,resample2x=reference,group_norm_silu=auto")
+    by_name = dict.fromkeys(("resample2x", "group_norm_silu"), "reference")
+    assert found() == dict.fromkeys(IMPLEMENTATIONS, "library") | by_name
     use("triton")
+    ours = dict.fromkeys(
+        [op for op in IMPLEMENTATIONS if "triton" in IMPLEMENTATIONS[op]], "triton"
+    )
+    expected = dict.fromkeys(IMPLEMENTATIONS, "library") | ours
+    assert found() == expected | {"norm_silu_conv": "reference"}  # as auto says, on a CPU
     monkeypatch.setenv(dispatch.VARIABLE, "library")
     choice = choose("group_norm_silu", "cpu", torch.float32)
-    assert choice.implementation == "library" and "FASTGAN_KERNELS=library" in choice.reason
-
-
-def test_one_op_at_a_time() -> None:
-    use("library,resample2x=reference,group_norm_silu=auto")
-    found = {op: implementation(op, "cpu", torch.float32) for op in IMPLEMENTATIONS}
-    assert found.pop("resample2x") == found.pop("group_norm_silu") == "reference"
-    assert set(found.values()) == {"library"}
-
-
-@pytest.mark.parametrize("op", IMPLEMENTATIONS)
-def test_triton_for_all_means_those_that_have_one(op: str) -> None:
-    use("triton")
-    expected = "triton" if "triton" in IMPLEMENTATIONS[op] else "library"
-    expected = "reference" if op == "norm_silu_conv" else expected  # as auto says, on a CPU
-    assert implementation(op, "cpu", torch.float32) == expected
+    assert choice == dispatch.Choice("library", "asked for by FASTGAN_KERNELS=library")
 
 
 @pytest.mark.parametrize(
