@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from fastgan_kernels import group_norm_silu
-from fastgan_kernels.dispatch import apex_group_norm, apex_group_norm_class
+from fastgan_kernels.dispatch import apex_group_norm_class
+from fastgan_kernels.norm_silu import apex_group_norm, group_norm_silu_ref
 from fastgan_kernels.norm_silu import device as norm_silu_triton
-from fastgan_kernels.norm_silu import group_norm_silu_ref
 from fastgan_kernels.norm_silu.tiles import Chip, chunks, plan
 from torch import Tensor
 

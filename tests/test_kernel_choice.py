@@ -1,8 +1,5 @@
-"""kernels= and FASTGAN_KERNELS as a user meets them, and the package of the same name."""
+"""kernels= and FASTGAN_KERNELS as a user meets them."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +8,8 @@ from fastgan_kernels import dispatch
 
 from fastgan.common.errors import UserError
 from fastgan.launch.engine import select_kernels
+from tests.command_line import CommandLine
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
 
@@ -46,27 +43,14 @@ def test_a_wrong_variable_is_named(
     assert "\n" not in str(caught.value)
 
 
-def test_triton_on_a_cpu_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fastgan.train", "experiment=demo", "kernels=triton"]
-    command += ["device=cpu", f"run_dir={tmp_path / 'run'}"]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 1 and not (tmp_path / "run").exists()
-    assert done.stderr.splitlines() == [
+def test_triton_on_a_cpu_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastgan_kernels.runtime.INTERPRETED", False)
+    command = CommandLine(tmp_path / "empty", capsys, monkeypatch)
+    settings = ("experiment=demo", "kernels=triton", "device=cpu", "run_dir=run")
+    assert command("train", *settings).error == (
         "error: group_norm_silu cannot run as triton (CPU tensors need TRITON_INTERPRET=1), as "
         "kernels=triton asks, reference or auto would"
-    ]
-
-
-def test_another_package_named_kernels_is_told_apart(tmp_path: Path) -> None:
-    """Hugging Face's, for instance, when it comes first on the path."""
-    (tmp_path / "kernels/fastgan_kernels/__init__.py").write_text("def get_kernel(): ...\n")
-    environment = dict(os.environ, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
-    command = [sys.executable, "-c", "import fastgan"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    last = done.stderr.splitlines()[-1]
-    assert done.returncode == 1
-    assert (
-        "another package named kernels" in last
-        and str(tmp_path / "kernels/fastgan_kernels/__init__.py") in last
     )
+    assert command.files() == []

@@ -16,6 +16,7 @@ from fastgan.common.errors import UserError, run_command
 FOLDER = Path("tests/kernels")
 # Files that run kernels, with expected seconds; the others say nothing about a device, and follow.
 KERNELS = {
+    "every_op": 90,
     "norm_silu": 90,
     "norm_silu_conv": 60,
     "frozen_block": 90,
@@ -40,7 +41,7 @@ def cases(tiny: bool) -> list[Case]:
     seconds = KERNELS | {"aot": AOT}
     return [
         Case("parity", name, seconds.get(name, 30), module("parity", "--tests", name, tiny=tiny))
-        for name in (["optional"] if tiny else names)
+        for name in (["attention"] if tiny else names)
     ]
 
 

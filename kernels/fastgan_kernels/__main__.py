@@ -5,7 +5,8 @@ import sys
 import torch
 
 from fastgan_kernels.aot.__main__ import Parser
-from fastgan_kernels.dispatch import FLOATS, GENERAL, IMPLEMENTATIONS, VARIABLE, choose
+from fastgan_kernels.dispatch import GENERAL, IMPLEMENTATIONS, VARIABLE, choose
+from fastgan_kernels.runtime import FLOATS, dtype_name
 
 
 def main() -> int:
@@ -22,16 +23,13 @@ def main() -> int:
         for device in devices:
             for dtype in (*FLOATS, torch.float64):
                 choice = _choice(op, device, dtype)
-                kind = str(dtype).removeprefix("torch.")
-                rows.append((op, device, kind, *choice, ", ".join(names)))
+                rows.append((op, device, dtype_name(dtype), *choice, ", ".join(names)))
     if all(row[3] == "-" for row in rows[1:]):
         print(f"error: {rows[1][4]}", file=sys.stderr)
         return 1
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        )
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
     return 0
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgan_kernels import dispatch
-from fastgan_kernels.dispatch import xformers_attention
 from fastgan_kernels.frozen_conv import frozen_conv2d
 from fastgan_kernels.norm_silu import group_norm_silu
 from fastgan_kernels.runtime import to_channels_last
@@ -81,7 +80,7 @@ def self_attention(x: Tensor, a: Attention, gain: float) -> Tensor:
     if chosen == "reference":
         mixed = attention_ref(convolve(z, a.qkv), heads)
     else:
-        run = _sdpa if chosen == "library" else xformers_attention
+        run = _sdpa if chosen == "library" else dispatch.xformers_attention()
         mixed = _dense_heads(convolve(z, _reordered(a.qkv, heads)), heads, run)
     return (x + convolve(mixed, a.proj)) * gain
 

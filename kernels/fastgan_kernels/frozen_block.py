@@ -1,13 +1,21 @@
-"""The two passes of a frozen UNet block: what runs, and what is kept in between.
+"""A UNet's residual block with frozen convolutions, and the self-attention behind it.
 
-The gain and the gradient along the skip enter the norms' backward kernels instead of passes of
-their own, conv0's bias enters norm1's pre_shift and conv1's the final addition. A 1x1 skip
-convolution commutes with resampling: it runs on the smaller side. Where a convolution that
-normalises while it loads was measured to be faster (conv_table.py), it takes the place of norm and
-convolution, and the first one's sums over h are norm1's statistics.
+    s = resample(silu(GroupNorm0(x))),  h = conv0(s),
+    y = gain (conv1(silu(shift + GroupNorm1(h + pre_shift) (1 + scale))) + skip(resample(x)))
+
+x [N, Cin, H, W], y [N, Cout, H', W'], H' = H, 2 H or H / 2; kept for backward: x, h and mean and
+rstd [N, G] of both norms. The gain and the gradient along the skip enter the norms' backward
+kernels instead of passes of their own, conv0's bias enters norm1's pre_shift and conv1's the final
+addition. A 1x1 skip convolution commutes with resampling: it runs on the smaller side. Where a
+convolution that normalises while it loads was measured to be faster (norm_silu_conv/table.py), it
+takes the place of norm and convolution, and the first one's sums over h are norm1's statistics.
+
+Bound by the convolutions' arithmetic. Beside them, bytes per element of a block that keeps its size
+(bf16): forward 14 (two norms read and write, the addition reads two and writes), backward 14 (both
+norms read two and write one, one of them the skip's gradient too).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,14 +42,18 @@ from fastgan_kernels.norm_silu_conv.launch import (
 from fastgan_kernels.norm_silu_conv.plans import LIBRARY, Direction, Plan, Shape
 from fastgan_kernels.norm_silu_conv.sums import Affine, Moments
 from fastgan_kernels.norm_silu_conv.table import plan_for
-from fastgan_kernels.resample import resample2x, resample2x_launch
+from fastgan_kernels.resample import out_size, resample2x, resample2x_launch
 from fastgan_kernels.runtime import (
     channels_last_like,
     check_groups,
     check_image,
     check_tensor,
+    empty_image,
     to_channels_last,
 )
+
+OP = "frozen_unet_block"
+RESAMPLES = ("", "up", "down")
 
 
 class Inputs(NamedTuple):
@@ -69,6 +81,47 @@ class Inputs(NamedTuple):
     taps: list[float]
     gain: float
 
+    @property
+    def out_size(self) -> tuple[int, int]:
+        """Pixels of y, down and across."""
+        height, width = self.x.shape[2:]
+        return out_size(height, width, self.resample == "up") if self.resample else (height, width)
+
+    @property
+    def after0(self) -> Affine:
+        return Affine(self.norm0_weight, self.norm0_bias)
+
+    @property
+    def after1(self) -> Affine:
+        """With what norm1 adds to h [N or 1 -> N, Cout] in float32: conv0's bias, the embedding."""
+        bias = self.conv0_bias.float()[None]
+        pre_shift = bias if self.pre_shift is None else bias + self.pre_shift.float()
+        pre_shift = pre_shift.expand(len(self.x), -1)
+        return Affine(self.norm1_weight, self.norm1_bias, pre_shift, self.scale, self.shift)
+
+
+def frozen_unet_block_ref(*args: object, **options: object) -> Tensor:
+    """The definition: the same block with every op as its own definition."""
+    with dispatch.twice_differentiable():
+        return frozen_unet_block(*args, **options)  # type: ignore[arg-type]
+
+
+def _composed(i: Inputs, dropout: float) -> Tensor:
+    """The block as its formula reads, of this package's ops and PyTorch's."""
+    x, up = i.x, i.resample == "up"
+    h = group_norm_silu(x, i.groups0, i.norm0_weight, i.norm0_bias, eps=i.eps0)
+    if i.resample:
+        h, x = (resample2x(v, i.taps, up=up) for v in (h, x))
+    h = convolve(h, Conv(i.conv0_weight, i.conv0_bias))
+    embedding: dict[str, Any] = {"pre_shift": i.pre_shift, "scale": i.scale, "shift": i.shift}
+    h = group_norm_silu(h, i.groups1, i.norm1_weight, i.norm1_bias, eps=i.eps1, **embedding)
+    h = F.dropout(h, dropout, training=dropout > 0)
+    h = convolve(h, Conv(i.conv1_weight, i.conv1_bias))
+    if i.skip_weight is not None:
+        assert i.skip_bias is not None
+        x = convolve(x, Conv(i.skip_weight, i.skip_bias))
+    return (h + x) * i.gain
+
 
 def _resampled(x: Tensor, i: Inputs) -> Tensor:
     if not i.resample:
@@ -93,20 +146,6 @@ def _convolved_back(dy: Tensor, weight: Tensor) -> Tensor:
     return frozen_conv2d_input_grad(dy, weight, None, size, 1, weight.shape[-1] // 2)
 
 
-def _pre_shift(i: Inputs) -> Tensor:
-    """What norm1 adds to h [N or 1 -> N, Cout] in float32: conv0's bias and the embedding."""
-    bias = i.conv0_bias.float()[None]
-    return (bias if i.pre_shift is None else bias + i.pre_shift.float()).expand(len(i.x), -1)
-
-
-def _affine0(i: Inputs) -> Affine:
-    return Affine(i.norm0_weight, i.norm0_bias)
-
-
-def _affine1(i: Inputs) -> Affine:
-    return Affine(i.norm1_weight, i.norm1_bias, _pre_shift(i), i.scale, i.shift)
-
-
 def _plan(direction: Direction, x: Tensor, weight: Tensor) -> Plan:
     return plan_for(direction, x, shape_of(x, weight))
 
@@ -114,36 +153,24 @@ def _plan(direction: Direction, x: Tensor, weight: Tensor) -> Plan:
 def forward(i: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, and what backward reads beside x: h without conv0's bias, both norms' statistics."""
     first = LIBRARY if i.resample else _plan("forward", i.x, i.conv0_weight)
-    plan = plan_for("forward", i.x, _shape_of_second(i))
+    cout, _, size, _ = i.conv1_weight.shape
+    plan = plan_for("forward", i.x, Shape(cout, cout, *i.out_size, size))
     h, statistics0, of_h = _first_half(i, first, sums=plan.form == "fused")
     along, bias, pending = _skip(i)
-    after = _affine1(i)
-    arguments = (h, i.groups1, i.conv1_weight)
-    if not pending:
-        y, statistics1, _ = norm_silu_conv_forward(
-            *arguments, bias, i.eps1, after, along, i.gain, plan, known=of_h
-        )
-        return y, h, statistics0, statistics1
-    branch, statistics1, _ = norm_silu_conv_forward(
-        *arguments, None, i.eps1, after, None, 1.0, plan, known=of_h
+    added = (None, None, 1.0) if pending else (bias, along, i.gain)
+    y, statistics1, _ = norm_silu_conv_forward(
+        *(h, i.groups1, i.conv1_weight, added[0], i.eps1, i.after1, *added[1:], plan), known=of_h
     )
-    y = resample2x_launch(along, i.taps, i.resample == "up", 1.0, branch, bias, i.gain)
+    if pending:
+        y = resample2x_launch(along, i.taps, i.resample == "up", 1.0, y, bias, i.gain)
     return y, h, statistics0, statistics1
-
-
-def _shape_of_second(i: Inputs) -> Shape:
-    height, width = i.x.shape[2:]
-    if i.resample:
-        height, width = (2 * s if i.resample == "up" else s // 2 for s in (height, width))
-    cout, _, size, _ = i.conv1_weight.shape
-    return Shape(cout, cout, height, width, size)
 
 
 def _first_half(i: Inputs, plan: Plan, *, sums: bool) -> tuple[Tensor, Tensor, Moments | None]:
     """h, norm0's statistics, and h's moments if they are asked for and conv0 summed them up."""
     if not i.resample:
         return norm_silu_conv_forward(
-            *(i.x, i.groups0, i.conv0_weight, None, i.eps0, _affine0(i), None, 1.0, plan),
+            *(i.x, i.groups0, i.conv0_weight, None, i.eps0, i.after0, None, 1.0, plan),
             sums=sums,
         )
     s, statistics = group_norm_silu_forward(
@@ -173,16 +200,15 @@ def backward(
     dy = channels_last_like(dy, i.x)
     found = _skip_gradients(dy, i, asked)
     of_norm1 = norm_silu_conv_backward(
-        *(dy, h, statistics1, i.groups1, i.conv1_weight, _affine1(i), i.gain),
+        *(dy, h, statistics1, i.groups1, i.conv1_weight, i.after1, i.gain),
         frozenset({"x", *(asked & {"pre_shift", "scale", "shift"}), *_affine("1", asked)}),
         _plan("backward", h, i.conv1_weight),
     )
     assert of_norm1.x is not None
     of_norm0 = _first_half_gradients(of_norm1.x, i, statistics0, asked, found.get("x"))
     found |= {"x": of_norm0.x, "affine0": of_norm0.affine, "affine1": of_norm1.affine}
-    for name, value in (("pre_shift", i.pre_shift), ("scale", i.scale), ("shift", i.shift)):
-        if name in asked and value is not None:
-            found[name] = getattr(of_norm1, name).to(value.dtype)
+    for name in asked & {"pre_shift", "scale", "shift"}:
+        found[name] = getattr(of_norm1, name).to(getattr(i, name).dtype)
     return [found[name] for name in wanted.split()]  # type: ignore[misc]
 
 
@@ -193,7 +219,7 @@ def _first_half_gradients(
     wanted = frozenset({*(asked & {"x"}), *_affine("0", asked)})
     if not i.resample:
         return norm_silu_conv_backward(
-            *(dh, i.x, statistics, i.groups0, i.conv0_weight, _affine0(i), 1.0, wanted),
+            *(dh, i.x, statistics, i.groups0, i.conv0_weight, i.after0, 1.0, wanted),
             _plan("backward", i.x, i.conv0_weight),
             residual=along,
             residual_scale=i.gain,
@@ -236,28 +262,12 @@ def _pixels(x: Tensor) -> Tensor:
     return x.movedim(1, 3).flatten(0, 2)
 
 
-OP = "frozen_unet_block"
-RESAMPLES = ("", "up", "down")
-
-
-_TENSORS = "Tensor x, " + "".join(
-    f"Tensor{'?' if name in ('pre_shift', 'scale', 'shift', 'skip_weight', 'skip_bias') else ''} "
-    f"{name}, "
-    for name in Inputs._fields[1:14]
-)
-_SCHEMA = (
-    _TENSORS + "int groups0, int groups1, float eps0, float eps1, str resample, float[] taps, "
-    "float gain"
+_TYPES: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", list[float]: "float[]"}
+_SCHEMA = ", ".join(
+    f"{_TYPES.get(kind) or kind.__name__} {name}" for name, kind in Inputs.__annotations__.items()
 )
 # One gradient of weight and bias together for each norm, see group_norm_silu_backward.
 _GRADIENTS = ("x", "affine0", "affine1", "pre_shift", "scale", "shift", "skip_weight", "skip_bias")
-
-
-def frozen_unet_block_ref(*args: object, **options: object) -> Tensor:
-    """The definition: the same block with every op as its own definition."""
-    with dispatch.twice_differentiable():
-        return frozen_unet_block(*args, **options)  # type: ignore[arg-type]
-
 
 _op = torch.library.custom_op(
     "fastgan::frozen_unet_block",
@@ -279,11 +289,8 @@ _backward_op = torch.library.custom_op(
 @_op.register_fake
 def _(*args):
     i = Inputs(*args)
-    n, _, height, width = i.x.shape
-    if i.resample:
-        height, width = (2 * s if i.resample == "up" else s // 2 for s in (height, width))
-    y = i.x.new_empty(n, i.conv1_weight.shape[0], height, width)
-    y = y.contiguous(memory_format=torch.channels_last)
+    n = len(i.x)
+    y = empty_image(i.x, (n, len(i.conv1_weight), *i.out_size))
     statistics = (i.x.new_empty(2, n, g, dtype=torch.float32) for g in (i.groups0, i.groups1))
     return y, torch.empty_like(y), *statistics
 
@@ -354,77 +361,35 @@ def frozen_unet_block(
     check_image("x", x)
     if resample not in RESAMPLES:
         raise ValueError(f"resample is {resample!r}, one of {RESAMPLES} would do")
-    embedding = {"pre_shift": pre_shift, "scale": scale, "shift": shift}
-    body = (x, norm0, conv0, norm1, conv1, embedding, skip, resample, filter, gain)
-    frozen = not (conv0.trains or conv1.trains or dropout)
-    if frozen and dispatch.implementation(OP, x.device.type, x.dtype) == "triton":
-        y = _fused(*body)
-    else:
-        y = _composed(*body, dropout)
-    return y if attention is None else self_attention(y, attention, gain)
-
-
-def _composed(
-    x: Tensor,
-    norm0: Norm,
-    conv0: Conv,
-    norm1: Norm,
-    conv1: Conv,
-    embedding: dict[str, Tensor | None],
-    skip: Conv | None,
-    resample: str,
-    filter: tuple[float, ...],
-    gain: float,
-    dropout: float,
-) -> Tensor:
-    h = group_norm_silu(x, norm0.groups, norm0.weight, norm0.bias, eps=norm0.eps)
-    if resample:
-        h = resample2x(h, filter, up=resample == "up")
-        x = resample2x(x, filter, up=resample == "up")
-    h = convolve(h, conv0)
-    h = group_norm_silu(
-        h,
-        norm1.groups,
-        norm1.weight,
-        norm1.bias,
-        eps=norm1.eps,
-        pre_shift=embedding["pre_shift"],
-        scale=embedding["scale"],
-        shift=embedding["shift"],
-    )
-    h = convolve(F.dropout(h, dropout, training=dropout > 0), conv1)
-    return (h + (x if skip is None else convolve(x, skip))) * gain
-
-
-def _fused(
-    x: Tensor,
-    norm0: Norm,
-    conv0: Conv,
-    norm1: Norm,
-    conv1: Conv,
-    embedding: dict[str, Tensor | None],
-    skip: Conv | None,
-    resample: str,
-    filter: tuple[float, ...],
-    gain: float,
-) -> Tensor:
-    n, width = len(x), conv1.weight.shape[0]
-    check_groups("norm0.groups", norm0.groups, x)
-    check_groups("norm1.groups", norm1.groups, conv1.weight)
-    check_tensor("conv0.weight", conv0.weight, (width, x.shape[1], 3, 3), x)
-    check_tensor("conv1.weight", conv1.weight, (width, width, 3, 3), x)
-    for name, conv in (("conv0", conv0), ("conv1", conv1)):
-        check_frozen(f"{name}.weight", conv.weight, x)
-        check_frozen(f"{name}.bias", conv.bias, x)
-    per_sample = []
-    for name, value in embedding.items():
-        check_tensor(name, value, (n, width), x)
-        per_sample.append(None if value is None else value.expand(n, width))
-    if skip is not None:
-        check_tensor("skip.weight", skip.weight, (width, x.shape[1], 1, 1), x)
-    return _op(
-        *(to_channels_last(x), norm0.weight, norm0.bias, norm1.weight, norm1.bias, *per_sample),
+    arguments: list[Any] = [
+        *(x, norm0.weight, norm0.bias, norm1.weight, norm1.bias, pre_shift, scale, shift),
         *((None, None) if skip is None else skip),
         *(*conv0, *conv1, norm0.groups, norm1.groups, norm0.eps, norm1.eps),
         *(resample, list(map(float, filter)), gain),
-    )[0]
+    ]
+    i = Inputs(*arguments)
+    frozen = not (conv0.trains or conv1.trains or dropout)
+    if frozen and dispatch.implementation(OP, x.device.type, x.dtype) == "triton":
+        y = _fused(i)
+    else:
+        y = _composed(i, dropout)
+    return y if attention is None else self_attention(y, attention, gain)
+
+
+def _fused(i: Inputs) -> Tensor:
+    n, cin, cout = len(i.x), i.x.shape[1], len(i.conv1_weight)
+    check_groups("norm0.groups", i.groups0, i.x)
+    check_groups("norm1.groups", i.groups1, i.conv1_weight)
+    shapes = {"conv0": (cout, cin, 3, 3), "conv1": (cout, cout, 3, 3), "skip": (cout, cin, 1, 1)}
+    for name, shape in shapes.items():
+        weight = getattr(i, f"{name}_weight")
+        check_tensor(f"{name}.weight", weight, shape, i.x)
+        if name != "skip":
+            check_frozen(f"{name}.weight", weight, i.x)
+            check_frozen(f"{name}.bias", getattr(i, f"{name}_bias"), i.x)
+    embedding: dict[str, Any] = {}
+    for name in ("pre_shift", "scale", "shift"):
+        value = getattr(i, name)
+        check_tensor(name, value, (n, cout), i.x)
+        embedding[name] = None if value is None else value.expand(n, cout)
+    return _op(*i._replace(x=to_channels_last(i.x), **embedding))[0]

@@ -5,6 +5,9 @@
 x [N, Cin, H, W], weight [Cout, Cin, k, k]. PyTorch's convolution keeps its input whether or not the
 weight trains, although only a weight gradient would read it; this one keeps the weight alone.
 Bound by arithmetic (2 Cin k^2 FLOP per element of y), so that both directions are the library's.
+
+`frozen_conv2d` is for networks that call it; `FrozenConvolutions` makes networks of PyTorch's own
+modules do without the weight gradients that its second derivative forms and drops.
 """
 
 from collections.abc import Callable
@@ -16,7 +19,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fastgan_kernels import dispatch
-from fastgan_kernels.runtime import channels_last_like, check_image, check_tensor, to_channels_last
+from fastgan_kernels.runtime import (
+    channels_last_like,
+    check_image,
+    check_tensor,
+    empty_image,
+    to_channels_last,
+)
 
 OP = "frozen_conv2d"
 
@@ -49,6 +58,7 @@ def frozen_conv2d_input_grad(
     padding: int,
 ) -> Tensor:
     """dx of height and width `size`; as a forward convolution where a flipped weight is given."""
+    dy = channels_last_like(dy, weight)
     k = weight.shape[-1]
     if flipped is not None:
         return frozen_conv2d_forward(dy, flipped, None, 1, k - 1 - padding)
@@ -59,29 +69,16 @@ def frozen_conv2d_input_grad(
     return to_channels_last(F.conv_transpose2d(dy, weight, None, stride, padding, rest))
 
 
-@torch.library.custom_op("fastgan::frozen_conv2d", mutates_args=())
-def _op(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    flipped: Tensor | None,
-    stride: int,
-    padding: int,
-) -> Tensor:
-    return frozen_conv2d_forward(x, weight, bias, stride, padding)
-
-
-@torch.library.custom_op("fastgan::frozen_conv2d_input_grad", mutates_args=())
-def _input_grad_op(
-    dy: Tensor,
-    weight: Tensor,
-    flipped: Tensor | None,
-    size: list[int],
-    stride: int,
-    padding: int,
-) -> Tensor:
-    dy = channels_last_like(dy, weight)
-    return frozen_conv2d_input_grad(dy, weight, flipped, size, stride, padding)
+_op = torch.library.custom_op(
+    "fastgan::frozen_conv2d",
+    lambda x, weight, bias, flipped, *rest: frozen_conv2d_forward(x, weight, bias, *rest),
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? flipped, int stride, int padding)"
+    " -> Tensor",
+)
+_input_grad_op = torch.library.custom_op(
+    "fastgan::frozen_conv2d_input_grad", frozen_conv2d_input_grad, mutates_args=()
+)
 
 
 @_op.register_fake
@@ -89,18 +86,12 @@ def _(x, weight, bias, flipped, stride, padding):
     n, _, *size = x.shape
     k = weight.shape[-1]
     size = [(length + 2 * padding - k) // stride + 1 for length in size]
-    return _fake(x, (n, weight.shape[0], *size))
+    return empty_image(x, (n, weight.shape[0], *size))
 
 
 @_input_grad_op.register_fake
 def _(dy, weight, flipped, size, stride, padding):
-    return _fake(dy, (dy.shape[0], weight.shape[1], *size))
-
-
-def _fake(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(
-        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
-    )
+    return empty_image(dy, (dy.shape[0], weight.shape[1], *size))
 
 
 def _setup(ctx, inputs, output):
@@ -131,6 +122,19 @@ def _input_grad_backward(ctx, ddx):
 
 _op.register_autograd(_backward, setup_context=_setup)
 _input_grad_op.register_autograd(_input_grad_backward, setup_context=_input_grad_setup)
+
+
+def check_frozen(name: str, value: Tensor | None, x: Tensor) -> None:
+    """ValueError unless `value` is None, or has x's dtype and wants no gradient."""
+    if value is None:
+        return
+    if value.dtype != x.dtype:
+        raise ValueError(f"{name} is {value.dtype}, x {x.dtype}, a copy kept in x's dtype would do")
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires a gradient, a frozen convolution computes none: "
+            f"{name}.requires_grad_(False) or conv2d would do"
+        )
 
 
 def frozen_conv2d(
@@ -166,84 +170,46 @@ def frozen_conv2d(
     return _op(to_channels_last(x), weight, bias, flipped, stride, padding)
 
 
-def check_frozen(name: str, value: Tensor | None, x: Tensor) -> None:
-    """ValueError unless `value` is None, or has x's dtype and wants no gradient."""
-    if value is None:
-        return
-    if value.dtype != x.dtype:
-        raise ValueError(f"{name} is {value.dtype}, x {x.dtype}, a copy kept in x's dtype would do")
-    if value.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{name} requires a gradient, a frozen convolution computes none: "
-            f"{name}.requires_grad_(False) or conv2d would do"
-        )
+# Any convolution or its transpose, as PyTorch's own modules ask for them; `like` is x, of which the
+# library reads shape and layout. Each of these two ops is the other's derivative.
+_REST = "int[2] stride, int[2] padding, int[2] dilation, bool transposed, int[2] output_padding"
+_any_conv = torch.library.custom_op(
+    "fastgan::frozen_conv",
+    lambda x, weight, bias, *rest: torch.ops.aten.convolution(x, weight, bias, *rest),
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor weight, Tensor? bias, {_REST}, int groups) -> Tensor",
+)
+_any_input_grad = torch.library.custom_op(
+    "fastgan::frozen_conv_input_grad",
+    lambda dy, like, weight, *rest: torch.ops.aten.convolution_backward(
+        dy, like, weight, None, *rest, [True, False, False]
+    )[0],
+    mutates_args=(),
+    schema=f"(Tensor dy, Tensor like, Tensor weight, {_REST}, int groups) -> Tensor",
+)
 
 
-_ATEN = torch.ops.aten
-_IN = ("input", "weight", "bias", "stride", "padding")
-_ARGUMENTS = {
-    F.conv2d: (*_IN, "dilation", "groups"),
-    F.conv_transpose2d: (*_IN, "output_padding", "groups", "dilation"),
-}
-_DEFAULTS: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1}
-_DEFAULTS |= {"output_padding": 0, "groups": 1}
-
-
-@torch.library.custom_op("fastgan::frozen_conv", mutates_args=())
-def _conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    transposed: bool,
-    output_padding: list[int],
-    groups: int,
-) -> Tensor:
-    rest = (stride, padding, dilation, transposed, output_padding, groups)
-    return _ATEN.convolution(x, weight, bias, *rest)
-
-
-@torch.library.custom_op("fastgan::frozen_conv_input_grad", mutates_args=())
-def _input_grad(
-    dy: Tensor,
-    like: Tensor,
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    transposed: bool,
-    output_padding: list[int],
-    groups: int,
-) -> Tensor:
-    """`like` is x, of which the library reads shape and layout."""
-    rest = (stride, padding, dilation, transposed, output_padding, groups)
-    mask = [True, False, False]
-    return _ATEN.convolution_backward(dy, like, weight, None, *rest, mask)[0]
-
-
-def _twice_setup(ctx, inputs, output):
+def _any_setup(ctx, inputs, output):
     x, weight, _, *ctx.rest = inputs
     ctx.save_for_backward(x.detach(), weight)
 
 
-def _twice_backward(ctx, dy):
-    return (_input_grad(dy, *ctx.saved_tensors, *ctx.rest), *[None] * 8)
+def _any_backward(ctx, dy):
+    return (_any_input_grad(dy, *ctx.saved_tensors, *ctx.rest), *[None] * 8)
 
 
-def _twice_input_grad_setup(ctx, inputs, output):
+def _any_input_grad_setup(ctx, inputs, output):
     _, _, weight, *ctx.rest = inputs
     ctx.save_for_backward(weight)
 
 
-def _twice_input_grad_backward(ctx, ddx):
+def _any_input_grad_backward(ctx, ddx):
     (weight,) = ctx.saved_tensors
-    return (_conv(ddx, weight, None, *ctx.rest), *[None] * 8)
+    return (_any_conv(ddx, weight, None, *ctx.rest), *[None] * 8)
 
 
-_conv.register_autograd(_twice_backward, setup_context=_twice_setup)
-_input_grad.register_autograd(_twice_input_grad_backward, setup_context=_twice_input_grad_setup)
+_any_conv.register_autograd(_any_backward, setup_context=_any_setup)
+_any_input_grad.register_autograd(_any_input_grad_backward, setup_context=_any_input_grad_setup)
 
 
 class FrozenConvolutions(TorchFunctionMode):
@@ -260,28 +226,33 @@ class FrozenConvolutions(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
-        if func in _ARGUMENTS:
-            given = _DEFAULTS | dict(zip(_ARGUMENTS[func], args, strict=False)) | kwargs
-            if _fits(given):
-                return _frozen(given, transposed=func is F.conv_transpose2d)
-        return func(*args, **kwargs)
+        return _REPLACED.get(func, func)(*args, **(kwargs or {}))
 
 
-def _fits(given: dict[str, Any]) -> bool:
-    x, trained = given["input"], (given["weight"], given["bias"])
-    if any(t is not None and t.requires_grad for t in trained):
+def _conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    if not _applies(input, weight, bias, padding):
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    tensors = map(_as_autocast, (input, weight, bias))
+    return _any_conv(*tensors, stride, padding, dilation, False, 0, groups)
+
+
+def _conv_transpose2d(
+    input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
+):
+    if not _applies(input, weight, bias, padding):
+        rest = (stride, padding, output_padding, groups, dilation)
+        return F.conv_transpose2d(input, weight, bias, *rest)
+    tensors = map(_as_autocast, (input, weight, bias))
+    return _any_conv(*tensors, stride, padding, dilation, True, output_padding, groups)
+
+
+_REPLACED: dict[Any, Any] = {F.conv2d: _conv2d, F.conv_transpose2d: _conv_transpose2d}
+
+
+def _applies(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> bool:
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
         return False
-    return x.requires_grad and x.ndim == 4 and not isinstance(given["padding"], str)
-
-
-def _frozen(given: dict[str, Any], *, transposed: bool) -> Tensor:
-    x, weight, bias = (_as_autocast(given[name]) for name in _IN[:3])
-    stride, padding, dilation, output_padding = (
-        _pair(given[name]) for name in ("stride", "padding", "dilation", "output_padding")
-    )
-    groups = given["groups"]
-    return _conv(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+    return x.requires_grad and x.ndim == 4 and not isinstance(padding, str)
 
 
 def _as_autocast(x: Tensor | None) -> Tensor | None:
@@ -289,7 +260,3 @@ def _as_autocast(x: Tensor | None) -> Tensor | None:
     if x is None or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
-
-
-def _pair(value: int | tuple[int, ...] | list[int]) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from fastgan_kernels import dispatch
 from fastgan_kernels.runtime import (
     cdiv,
-    channels_last_like,
     check_image,
     check_tensor,
+    empty_image,
     launch,
     next_power_of_2,
     tl,
@@ -122,6 +122,11 @@ def _kernel(
     tl.store(y_ptr + base + offs, (gain * total).to(y_ptr.dtype.element_ty), mask=mask)
 
 
+def out_size(height: int, width: int, up: bool) -> tuple[int, int]:
+    """Of an image resampled by 2."""
+    return (2 * height, 2 * width) if up else (height // 2, width // 2)
+
+
 def resample2x_launch(
     x: Tensor,
     taps: Sequence[float],
@@ -131,62 +136,38 @@ def resample2x_launch(
     bias: Tensor | None,
     gain: float,
 ) -> Tensor:
-    """gain (residual + bias + scale resample(x)); x, residual dense channels_last, bias dense."""
+    """gain (residual + bias + scale resample(x)); of layouts that are not NHWC copies are taken."""
+    x = to_channels_last(x)
+    residual = None if residual is None else to_channels_last(residual)
+    bias = None if bias is None else bias.contiguous()
     n, channels, height, width = x.shape
-    out_height, out_width = _out_size(height, width, up)
-    y = _empty(x, (n, channels, out_height, out_width))
-    plan = _plan(channels)
+    out_height, out_width = out_size(height, width, up)
+    y = empty_image(x, (n, channels, out_height, out_width))
+    # Tiles of 2048 elements, 8 a thread: one load of 16 bytes per tap in 16 bits.
+    block_c = min(64, next_power_of_2(channels))
+    block, unit = 2048 // block_c, 8 if channels % 8 == 0 else 1
     launch(
         _kernel,
-        (cdiv(out_height * out_width, plan["BLOCK"]), cdiv(channels, plan["BLOCK_C"]), n),
+        (cdiv(out_height * out_width, block), cdiv(channels, block_c), n),
         *(x, residual, bias, y, height, width, out_height, out_width),
-        *(channels // plan["UNIT"], scale, gain),
+        *(channels // unit, scale, gain),
         UP=up,
         TAPS=tuple(tap / sum(taps) for tap in taps),
         COUNT=len(taps) // 2 if up else len(taps),
         PAD=(len(taps) - 1) // 2,
+        **{"BLOCK": block, "BLOCK_C": block_c, "UNIT": unit},
         num_warps=8,
-        **plan,
     )
     return y
 
 
-def _plan(channels: int) -> dict[str, int]:
-    """Tiles of 2048 elements, 8 a thread: one load of 16 bytes per tap in 16 bits."""
-    block_c = min(64, next_power_of_2(channels))
-    unit = 8 if channels % 8 == 0 else 1
-    return {"BLOCK": 2048 // block_c, "BLOCK_C": block_c, "UNIT": unit}
-
-
-def _out_size(height: int, width: int, up: bool) -> tuple[int, int]:
-    return (2 * height, 2 * width) if up else (height // 2, width // 2)
-
-
-def _empty(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-@torch.library.custom_op("fastgan::resample2x", mutates_args=())
-def _op(
-    x: Tensor,
-    taps: list[float],
-    up: bool,
-    scale: float,
-    residual: Tensor | None,
-    bias: Tensor | None,
-    gain: float,
-) -> Tensor:
-    if residual is not None:
-        residual = to_channels_last(residual)
-    if bias is not None:
-        bias = bias.contiguous()
-    return resample2x_launch(to_channels_last(x), taps, up, scale, residual, bias, gain)
+_op = torch.library.custom_op("fastgan::resample2x", resample2x_launch, mutates_args=())
 
 
 @_op.register_fake
 def _(x, taps, up, scale, residual, bias, gain):
     n, channels, height, width = x.shape
-    return _empty(x, (n, channels, *_out_size(height, width, up)))
+    return empty_image(x, (n, channels, *out_size(height, width, up)))
 
 
 def _setup(ctx, inputs, output):
@@ -234,7 +215,7 @@ def resample2x(
     n, channels, height, width = x.shape
     if not up and (height % 2 or width % 2):
         raise ValueError(f"x is {height} x {width}, even sides would halve")
-    check_tensor("residual", residual, (n, channels, *_out_size(height, width, up)), x)
+    check_tensor("residual", residual, (n, channels, *out_size(height, width, up)), x)
     check_tensor("bias", bias, (channels,), x)
     if bias is not None and residual is None:
         raise ValueError("bias has no residual, the residual that it belongs to would do")
@@ -244,5 +225,5 @@ def resample2x(
     if chosen == "library":
         return _finished(_library(x, taps, up), residual, bias, gain)
     if residual is not None:
-        residual = channels_last_like(residual.expand(n, -1, -1, -1), x)
-    return _op(to_channels_last(x), taps, up, 1.0, residual, bias, gain)
+        residual = residual.expand(n, -1, -1, -1).to(x.dtype)
+    return _op(x, taps, up, 1.0, residual, bias, gain)

@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 from fastgan_kernels import dispatch
 from fastgan_kernels.runtime import (
-    ALLOWED,
     cdiv,
+    check_dtype,
     check_image,
+    empty_image,
     launch,
     next_power_of_2,
     tl,
@@ -173,38 +174,21 @@ def _adjoint_kernel(
     tl.store(dx_ptr, dx.to(dx_ptr.dtype.element_ty), mask=offs_x < width * CHANNELS)
 
 
-def _plan(size: int, width: int, channels: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Constexprs and warps of the forward and the adjoint kernel: 8 elements of a row per thread.
-
-    Programs of one warp leave the fewest threads idle at the end of a row; several rows of y per
-    program reuse what was interpolated across.
-    """
-    forward = {"SIZE": size, "BLOCK": 256, "ROWS": 16, "num_warps": 1}
-    block = next_power_of_2(3 * size)
-    taps = min(size, cdiv(2 * size, width)) * (3 // channels)
-    adjoint = {
-        "SIZE": size,
-        "CHANNELS": channels,
-        "BLOCK": block,
-        "ROW": next_power_of_2(width * channels),
-        "TAPS": next_power_of_2(taps),
-        "num_warps": max(1, min(8, block // 256)),
-    }
-    return forward, adjoint
-
-
 def resize_normalize_forward(
     x: Tensor, scale: list[float], offset: list[float], size: int, dtype: torch.dtype
 ) -> Tensor:
     """scale B(x) + offset in `dtype`, [N, 3, size, size]; x in any layout."""
-    n, channels, height, width = x.shape
-    y = _empty(x, (n, 3, size, size), dtype)
-    constants, _ = _plan(size, width, channels)
+    n, _, height, width = x.shape
+    y = empty_image(x, (n, 3, size, size), dtype)
+    # Programs of one warp, 8 elements of a row per thread, leave the fewest threads idle at the end
+    # of a row; several rows of y per program reuse what was interpolated across.
+    block, count = 256, 16
     launch(
         _forward_kernel,
-        (cdiv(3 * size, constants["BLOCK"]), cdiv(size, constants["ROWS"]), n),
+        (cdiv(3 * size, block), cdiv(size, count), n),
         *(x, y, *x.expand(-1, 3, -1, -1).stride(), height, width, *scale, *offset),
-        **constants,
+        **{"SIZE": size, "BLOCK": block, "ROWS": count},
+        num_warps=1,
     )
     return y
 
@@ -215,14 +199,18 @@ def resize_normalize_adjoint(
     """B^T(scale dy) in `dtype`, [N, channels, height, width]; the sum over dy's channels if 1."""
     dy = to_channels_last(dy)
     n, _, _, size = dy.shape
-    dx = _empty(dy, (n, channels, height, width), dtype)
-    _, constants = _plan(size, width, channels)
-    launch(_adjoint_kernel, (height, n), dy, dx, height, width, *scale, **constants)
+    dx = empty_image(dy, (n, channels, height, width), dtype)
+    block = next_power_of_2(3 * size)
+    taps = min(size, cdiv(2 * size, width)) * (3 // channels)
+    launch(
+        _adjoint_kernel,
+        (height, n),
+        *(dy, dx, height, width, *scale),
+        **{"SIZE": size, "CHANNELS": channels, "BLOCK": block},
+        **{"ROW": next_power_of_2(width * channels), "TAPS": next_power_of_2(taps)},
+        num_warps=max(1, min(8, block // 256)),
+    )
     return dx
-
-
-def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
 
 
 _op = torch.library.custom_op(
@@ -235,12 +223,12 @@ _adjoint_op = torch.library.custom_op(
 
 @_op.register_fake
 def _(x, scale, offset, size, dtype):
-    return _empty(x, (x.shape[0], 3, size, size), dtype)
+    return empty_image(x, (x.shape[0], 3, size, size), dtype)
 
 
 @_adjoint_op.register_fake
 def _(dy, scale, channels, height, width, dtype):
-    return _empty(dy, (dy.shape[0], channels, height, width), dtype)
+    return empty_image(dy, (dy.shape[0], channels, height, width), dtype)
 
 
 def _setup(ctx, inputs, output):
@@ -280,22 +268,9 @@ def resize_normalize(
     result, which is channels_last and in `dtype` (x's if None). Twice differentiable. Images of
     more than 1024 pixels a side go to PyTorch's operator. ValueError names what does not fit.
     """
-    _check(x, mean, std, size, dtype)
-    dtype = dtype or x.dtype
-    chosen = dispatch.implementation(OP, x.device.type, torch.promote_types(x.dtype, dtype))
-    if chosen == "reference":
-        return resize_normalize_ref(x, mean, std, size, dtype=dtype)
-    scale = [0.5 / s for s in std]
-    offset = [(0.5 - m) / s for m, s in zip(mean, std, strict=True)]
-    if chosen == "library" or max(size, *x.shape[2:]) > LARGEST:
-        return _library(x, scale, offset, size, dtype)
-    return _op(x, scale, offset, size, dtype)
-
-
-def _check(
-    x: Tensor, mean: Sequence[float], std: Sequence[float], size: int, dtype: torch.dtype | None
-) -> None:
     check_image("x", x)
+    dtype = dtype or x.dtype
+    check_dtype("dtype", dtype)
     if x.shape[1] not in (1, 3):
         raise ValueError(f"x has {x.shape[1]} channels, 1 or 3 would do")
     for name, values in (("mean", mean), ("std", std)):
@@ -305,6 +280,11 @@ def _check(
         raise ValueError(f"std is {list(std)}, positive numbers would do")
     if size < 1:
         raise ValueError(f"size is {size}, 1 or more would do")
-    if dtype is not None and dtype not in ALLOWED:
-        allowed = ", ".join(str(each).removeprefix("torch.") for each in ALLOWED)
-        raise ValueError(f"dtype is {dtype}, one of {allowed} would do")
+    chosen = dispatch.implementation(OP, x.device.type, torch.promote_types(x.dtype, dtype))
+    if chosen == "reference":
+        return resize_normalize_ref(x, mean, std, size, dtype=dtype)
+    scale = [0.5 / s for s in std]
+    offset = [(0.5 - m) / s for m, s in zip(mean, std, strict=True)]
+    if chosen == "library" or max(size, *x.shape[2:]) > LARGEST:
+        return _library(x, scale, offset, size, dtype)
+    return _op(x, scale, offset, size, dtype)

@@ -1,7 +1,8 @@
-"""How kernels start: Triton where it exists, its interpreter on the CPU, or a recording.
+"""What every op is made of: how its kernels start, what its arguments must be, NHWC memory.
 
-`python -m fastgan_kernels.aot` records what the launchers would start on a GPU (meta tensors)
-and compiles exactly that, so that no second list of signatures can fall out of step.
+Kernels run by Triton where it exists, on the CPU in its interpreter, or are only recorded:
+`python -m fastgan_kernels.aot` records what the launchers would start on a GPU (meta tensors) and
+compiles exactly that, so that no second list of signatures can fall out of step.
 """
 
 import importlib.util
@@ -27,6 +28,9 @@ else:  # aarch64 and others for which no wheel exists: the kernels stay plain, u
 
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 """Kernels run on CPU tensors, slowly; decided when they are first imported, as Triton does."""
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+"""What the kernels compute in; float64 is for checking, by the definitions."""
 
 
 @dataclass(frozen=True)
@@ -63,17 +67,6 @@ def launch(
     kernel[grid](*args, **constants, num_warps=num_warps, **stages)
 
 
-def descriptor(x: Any, shape: list[int], block: list[int]) -> Any:
-    """Triton's descriptor (TMA on sm_90) of a dense tensor taken as `shape`, in tiles of `block`.
-
-    The last side of the shape in bytes, and x's address, are multiples of 16.
-    """
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    return TensorDescriptor(x, shape, strides, block)
-
-
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
     """Collects the launches made inside instead of starting them."""
@@ -83,6 +76,17 @@ def recording() -> Iterator[list[Launch]]:
         yield launches
     finally:
         _recorders.pop()
+
+
+def descriptor(x: Any, shape: list[int], block: list[int]) -> Any:
+    """Triton's descriptor (TMA on sm_90) of a dense tensor taken as `shape`, in tiles of `block`.
+
+    The last side of the shape in bytes, and x's address, are multiples of 16.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return TensorDescriptor(x, shape, strides, block)
 
 
 def next_power_of_2(n: int) -> int:
@@ -95,21 +99,24 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-ALLOWED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float16` of torch.float16."""
+    return str(dtype).removeprefix("torch.")
 
 
-def check_float(name: str, value: Tensor) -> None:
+def check_dtype(name: str, dtype: torch.dtype) -> None:
     """ValueError unless the dtype is one that the ops compute in."""
-    if value.dtype not in ALLOWED:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in ALLOWED)
-        raise ValueError(f"{name} is {value.dtype}, one of {allowed} would do")
+    allowed = (*FLOATS, torch.float64)
+    if dtype not in allowed:
+        names = ", ".join(map(dtype_name, allowed))
+        raise ValueError(f"{name} is {dtype}, one of {names} would do")
 
 
 def check_image(name: str, x: Tensor) -> None:
     """ValueError unless x is a non-empty [N, C, H, W] of an allowed dtype."""
     if x.ndim != 4 or not x.numel():
         raise ValueError(f"{name} has shape {list(x.shape)}, non-empty [N, C, H, W] would do")
-    check_float(name, x)
+    check_dtype(name, x.dtype)
 
 
 def check_groups(name: str, groups: int, x: Tensor) -> None:
@@ -123,7 +130,7 @@ def check_tensor(name: str, value: Tensor | None, shape: Sequence[int], like: Te
     """ValueError unless `value` is None or has `shape` (1 in front is broadcast) beside `like`."""
     if value is None:
         return
-    check_float(name, value)
+    check_dtype(name, value.dtype)
     broadcast = len(shape) > 1 and tuple(value.shape) == (1, *shape[1:])
     if tuple(value.shape) != tuple(shape) and not broadcast:
         raise ValueError(f"{name} has shape {list(value.shape)}, {list(shape)} would fit x")
@@ -145,6 +152,12 @@ def to_channels_last(x: Tensor) -> Tensor:
 def channels_last_like(dy: Tensor, x: Tensor) -> Tensor:
     """An incoming gradient (expanded, NCHW, another dtype) in x's dtype and dense NHWC."""
     return to_channels_last(dy.to(x.dtype))
+
+
+def empty_image(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for [N, C, H, W] in NHWC, in the dtype of `like` unless another is given."""
+    dtype = dtype or like.dtype
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=channels_last)
 
 
 def rows(value: Tensor | None) -> Tensor | None:

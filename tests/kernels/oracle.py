@@ -6,9 +6,10 @@ on the way there, relative to the largest value (a plain computation can be exac
 sigmoid, a product and a sum are each rounded in any order of evaluation).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
+from fastgan_kernels import dispatch
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,6 +47,52 @@ def gradients(outputs: Sequence[Tensor], inputs: Mapping[str, Tensor], seed: int
         loss = loss + (y.double() * probe.half().double()).sum()
     found = torch.autograd.grad(loss, list(inputs.values()))
     return {f"grad {name}": g for name, g in zip(inputs, found, strict=True)}
+
+
+def results(
+    function: Callable[..., Tensor],
+    inputs: Mapping[str, Tensor],
+    trains: Iterable[str] | None = None,
+    **options: object,
+) -> dict[str, Tensor]:
+    """The output and the gradients of the inputs (of those named in `trains`), by name.
+
+    The leaves are strided as the inputs are.
+    """
+    names = set(inputs if trains is None else trains)
+    given = {k: v.detach().requires_grad_(k in names) for k, v in inputs.items()}
+    y = function(**given, **options)
+    return {"y": y, **gradients([y], {k: v for k, v in given.items() if k in names})}
+
+
+def plain(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same op by PyTorch's own operators."""
+
+    def run(**arguments: object) -> Tensor:
+        before = dispatch._configured
+        dispatch.use("library")
+        try:
+            return function(**arguments)
+        finally:
+            dispatch.use(before)
+
+    return run
+
+
+def check(
+    function: Callable[..., Tensor],
+    definition: Callable[..., Tensor],
+    inputs: Mapping[str, Tensor],
+    trains: Iterable[str] | None = None,
+    **options: object,
+) -> dict[str, Tensor]:
+    """Holds an op to the yardstick; its results."""
+    double = {name: value.double() for name, value in inputs.items()}
+    exact = results(definition, double, trains, **options)
+    ours = results(function, inputs, trains, **options)
+    assert_as_accurate(ours, results(plain(function), inputs, trains, **options), exact)
+    assert ours["y"].is_contiguous(memory_format=torch.channels_last)
+    return ours
 
 
 def _largest(error: Tensor) -> float:

@@ -1,12 +1,17 @@
-"""frozen_conv2d is PyTorch's convolution, minus what a frozen weight does not need."""
+"""Frozen convolutions are PyTorch's, minus what a frozen weight does not need, also twice."""
 
 import pytest
 import torch
-from fastgan_kernels import dispatch
-from fastgan_kernels.frozen_conv import flip_weight, frozen_conv2d
-from oracle import DEVICE, assert_as_accurate, gradients
-from torch import Tensor
+from fastgan_kernels.frozen_conv import (
+    FrozenConvolutions,
+    flip_weight,
+    frozen_conv2d,
+    frozen_conv2d_ref,
+)
+from oracle import DEVICE, check, results
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # N, Cin, Cout, H, W, k, stride, padding
 SHAPES = {
@@ -31,90 +36,104 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tenso
     return tensors, {"stride": stride, "padding": padding}
 
 
-def results(function, tensors: dict[str, Tensor], options: dict) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
-    x = tensors["x"].clone().requires_grad_()
-    y = function(x, tensors["weight"], tensors["bias"], **options)
-    return {"y": y, **gradients([y], {"x": x})}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SHAPES)
 def test_as_accurate_as_plain_pytorch(name: str, dtype: torch.dtype) -> None:
     tensors, options = make(name, dtype)
-    exact = results(F.conv2d, {k: v.double() for k, v in tensors.items()}, options)
-    ours = results(frozen_conv2d, tensors, options)
-    assert_as_accurate(ours, results(F.conv2d, tensors, options), exact)
-    assert ours["y"].is_contiguous(memory_format=torch.channels_last)
-    assert ours["grad x"].is_contiguous(memory_format=torch.channels_last)
+    found = check(frozen_conv2d, frozen_conv2d_ref, tensors, ["x"], **options)
+    assert found["grad x"].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("name", ["3x3", "1x1", "fused downsampling's padding"])
 def test_flipped_weight_gives_the_same_gradient(name: str) -> None:
     tensors, options = make(name)
-    flipped = {"flipped": flip_weight(tensors["weight"])}
-    expected = results(F.conv2d, tensors, options)
-    found = results(frozen_conv2d, tensors, options | flipped)
+    expected = results(frozen_conv2d_ref, tensors, ["x"], **options)
+    flipped = flip_weight(tensors["weight"])
+    found = results(frozen_conv2d, tensors, ["x"], flipped=flipped, **options)
     assert torch.allclose(found["grad x"], expected["grad x"], atol=1e-5)
     assert torch.equal(found["y"], expected["y"])
 
 
-def test_keeps_nothing_but_the_weight() -> None:
-    tensors, options = make("3x3")
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        frozen_conv2d(tensors["x"].requires_grad_(), tensors["weight"], **options)
-    assert [t.data_ptr() for t in kept] == [tensors["weight"].data_ptr()]
+MODULES = {
+    "plain": (nn.Conv2d, {"padding": 1}),
+    "stride": (nn.Conv2d, {"stride": 2, "padding": 1, "bias": False}),
+    "depthwise": (nn.Conv2d, {"stride": (2, 1), "padding": (0, 1), "groups": 6}),
+    "groups, dilated": (nn.Conv2d, {"padding": 2, "dilation": 2, "groups": 2}),
+    "transposed": (nn.ConvTranspose2d, {"stride": 2, "padding": 1, "output_padding": 1}),
+    "transposed groups": (nn.ConvTranspose2d, {"stride": 2, "groups": 3}),
+}
 
 
-def test_twice_differentiable() -> None:
-    """R1 through the op itself equals R1 through PyTorch's convolution."""
-    tensors, options = make("stride 2, odd")
-
-    def penalty(function) -> Tensor:  # type: ignore[no-untyped-def]
-        x = tensors["x"].clone().requires_grad_()
-        y = function(x, tensors["weight"], tensors["bias"], **options).tanh().sum()
-        (g,) = torch.autograd.grad(y, x, create_graph=True)
-        (found,) = torch.autograd.grad(g.square().sum(), x)
-        return found
-
-    assert torch.allclose(penalty(frozen_conv2d), penalty(F.conv2d), atol=1e-5)
+def network(kind: type, arguments: dict) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Sequential(kind(6, 12, 3, **arguments), nn.SiLU()).double().requires_grad_(False)
+    return layers.append(nn.Conv2d(12, 2, 1).double())
 
 
-def test_opcheck() -> None:
-    tensors, _ = make("stride 2, odd")
-    x, w, b = tensors["x"].requires_grad_(), tensors["weight"], tensors["bias"]
-    torch.library.opcheck(torch.ops.fastgan.frozen_conv2d, (x, w, b, None, 2, 1))
-    dy = torch.randn(1, 3, 4, 5, device=DEVICE, requires_grad=True)
-    arguments = (dy, w, None, [7, 9], 2, 1)
-    torch.library.opcheck(torch.ops.fastgan.frozen_conv2d_input_grad, arguments)
+def inside(layers: nn.Module, x: Tensor) -> Tensor:
+    with FrozenConvolutions():
+        return layers(x)
 
 
-def test_compiled_equals_eager_in_one_graph() -> None:
-    tensors, options = make("3x3")
-    compiled = torch.compile(frozen_conv2d, fullgraph=True, backend="aot_eager")
-    eager, found = results(frozen_conv2d, tensors, options), results(compiled, tensors, options)
-    assert all(torch.equal(eager[name], found[name]) for name in eager)
+def r1(layers: nn.Sequential, x: Tensor, mode: bool) -> list[Tensor]:
+    """Output, penalty, its gradients for the trained last layer and for the image."""
+    x = x.clone().requires_grad_()
+    y = inside(layers, x) if mode else layers(x)
+    (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    penalty = slope.square().sum()
+    return [y, penalty, *torch.autograd.grad(penalty, [x, *layers[-1].parameters()])]
 
 
-def test_gradcheck_of_the_definition() -> None:
-    dispatch.use("auto")
-    tensors, options = make("3x3")
-    x, w = tensors["x"][:1, :, :3, :3].double().requires_grad_(), tensors["weight"].double()
-    assert torch.autograd.gradcheck(lambda x: frozen_conv2d(x, w, **options), x)
+class WeightGradients(TorchDispatchMode):
+    """Counts convolutions whose filter is an image: the second derivative's weight gradients."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution.default:
+            self.number += args[1].shape[-1] > 3
+        return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"weight": torch.zeros(16, 8, 3, 3, requires_grad=True)}, "weight requires a gradient"),
-        ({"weight": torch.zeros(16, 8, 3, 3).half()}, "weight is torch.float16, x torch.float32"),
-        ({"weight": torch.zeros(16, 9, 3, 3)}, r"weight has shape \[16, 9, 3, 3\]"),
-        ({"bias": torch.zeros(8)}, r"bias has shape \[8\], \[16\] would fit x"),
-        ({"flipped": torch.zeros(16, 8, 3, 3)}, r"flipped has shape \[16, 8, 3, 3\]"),
-        ({"x": torch.zeros(8, 6, 6)}, r"x has shape \[8, 6, 6\]"),
-    ],
-)
-def test_bad_input_is_named(change: dict, message: str) -> None:
-    arguments = {"x": torch.zeros(2, 8, 6, 6), "weight": torch.zeros(16, 8, 3, 3)} | change
-    with pytest.raises(ValueError, match=message):
-        frozen_conv2d(**arguments)
+@pytest.mark.parametrize("case", MODULES)
+def test_modules_twice_as_pytorch_does(case: str) -> None:
+    layers = network(*MODULES[case])
+    x = torch.randn(2, 6, 9, 8, dtype=torch.float64)
+    for ours, theirs in zip(r1(layers, x, True), r1(layers, x, False), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_no_weight_gradient_of_what_is_frozen() -> None:
+    layers, x = network(*MODULES["depthwise"]), torch.randn(2, 6, 9, 8, dtype=torch.float64)
+    counted = []
+    for mode in (True, False):
+        with WeightGradients() as counter:
+            r1(layers, x, mode)
+        counted.append(counter.number)
+    # The trained layer's, and PyTorch's one for each group of the frozen one.
+    assert counted == [1, 1 + 6]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_as_a_convolution(dtype: torch.dtype) -> None:
+    layers = nn.Conv2d(6, 12, 3, padding=1).requires_grad_(False)
+    x = torch.randn(2, 6, 8, 8, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        expected, found = layers(x), inside(layers, x)
+    assert found.dtype == dtype and torch.equal(found, expected)
+    slopes = [torch.autograd.grad(y.float().sum(), x)[0] for y in (found, expected)]
+    assert slopes[0].dtype == torch.float32
+    torch.testing.assert_close(*slopes, rtol=0, atol=0)
+
+
+def test_what_trains_keeps_its_gradient() -> None:
+    weight = torch.randn(4, 3, 3, 3, dtype=torch.float64)
+    x = torch.randn(1, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    trained = weight.clone().requires_grad_()
+    with FrozenConvolutions():
+        F.conv2d(x, trained).sum().backward()
+        F.conv2d(x, weight, bias, padding="same").sum().backward()
+        F.conv_transpose2d(x, trained.transpose(0, 1)).sum().backward()
+    assert trained.grad is not None and bias.grad is not None
+    assert bias.grad.tolist() == [36.0] * 4

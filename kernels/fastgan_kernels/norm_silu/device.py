@@ -4,8 +4,7 @@ A program owns one sample and a slab of whole groups, so that programs share not
 the same bits every time. Where the slab fits into registers it is read once. A larger one is swept
 twice, backwards the second time, so that what was read last is found first. Only the slabs of the
 programs that run at the same time have to stay in the cache for device memory to see a single
-read; where the cache holds fewer, the batch is launched in chunks. Bytes per element over device
-memory (bf16): forward 4 (read x, write y), backward 6 (read x and dy, write dx). Bound by memory.
+read; where the cache holds fewer, the batch is launched in chunks.
 """
 
 from collections.abc import Sequence
@@ -115,12 +114,8 @@ def _two_tile_forward_kernel(
     )  # fmt: skip
     offs, mask = place(0, offs_t, mask_t, pixels, channels, BLOCK)
     store_y(y_ptr, offs, mask, u_t, mean_t, a * rstd_t, b, ACT)
-    store_statistics(
-        mean_ptr, rstd_ptr, n, groups, offs_h, chan_h, mask_h, mean_h, rstd_h, GROUP
-    )  # fmt: skip
-    store_statistics(
-        mean_ptr, rstd_ptr, n, groups, offs_t, chan_t, mask_t, mean_t, rstd_t, GROUP
-    )  # fmt: skip
+    store_statistics(mean_ptr, rstd_ptr, n, groups, offs_h, chan_h, mask_h, mean_h, rstd_h, GROUP)
+    store_statistics(mean_ptr, rstd_ptr, n, groups, offs_t, chan_t, mask_t, mean_t, rstd_t, GROUP)
 
 
 @triton.jit
@@ -139,9 +134,7 @@ def _dz_and_xhat(
 
 
 @triton.jit
-def _store_dx(
-    dx_ptr, residual_ptr, offs, mask, dz, xhat, a, rstd, m1, m2, residual_scale
-):  # fmt: skip
+def _store_dx(dx_ptr, residual_ptr, offs, mask, dz, xhat, a, rstd, m1, m2, residual_scale):
     """rstd (a dz - m1 - xhat m2), plus what comes to x along the residual."""
     dx = rstd[None, :] * (a[None, :] * dz - m1[None, :] - xhat * m2[None, :])
     if residual_ptr is not None:
@@ -213,9 +206,7 @@ def _backward_kernel(
             residual_ptr += base
         if STOP is not None:
             offs, mask = place(0, offs_s, mask_c, pixels, channels, BLOCK)
-            _store_dx(
-                dx_ptr, residual_ptr, offs, mask, dz, xhat, a, rstd, m1, m2, residual_scale
-            )  # fmt: skip
+            _store_dx(dx_ptr, residual_ptr, offs, mask, dz, xhat, a, rstd, m1, m2, residual_scale)
         else:
             for done in range(0, pixels, BLOCK):
                 start = last_tile(pixels, BLOCK) - done
@@ -226,19 +217,6 @@ def _backward_kernel(
                 _store_dx(
                     dx_ptr, residual_ptr, offs, mask, dz, xhat, a, rstd, m1, m2, residual_scale
                 )  # fmt: skip
-
-
-def _constants(p: Plan, group: int, act: bool) -> dict[str, Any]:
-    common = {"GROUP": group, "SLAB": p.slab, "BLOCK": p.block, "ACT": act}
-    if p.tail:
-        pads = {"HEAD": p.slab - p.tail, "TAIL_PAD": next_power_of_2(p.tail)}
-        return common | pads | {"num_warps": p.num_warps}
-    return common | {
-        "SLAB_PAD": next_power_of_2(p.slab),
-        # A loop of known length one disappears.
-        "STOP": p.block if p.resident else None,
-        "num_warps": p.num_warps,
-    }
 
 
 @cache
@@ -265,13 +243,21 @@ def _start(
     x = per_sample[0]
     assert x is not None
     slabs = x.shape[1] // p.slab
-    constants = _constants(p, x.shape[1] // num_groups, act)
+    constants: dict[str, Any] = {"SLAB": p.slab, "BLOCK": p.block, "ACT": act}
+    constants["GROUP"] = x.shape[1] // num_groups
+    if p.tail:
+        constants |= {"HEAD": p.slab - p.tail, "TAIL_PAD": next_power_of_2(p.tail)}
+    else:
+        # A loop of known length one disappears.
+        stop = p.block if p.resident else None
+        constants |= {"SLAB_PAD": next_power_of_2(p.slab), "STOP": stop}
     found = chunks(len(x), slabs, p, chip(x.device))
     for chunk in found:
         part = per_sample
         if len(found) > 1:
             part = [None if tensor is None else tensor[chunk] for tensor in per_sample]
-        launch(kernel, (slabs, chunk.stop - chunk.start), *part, *shared, **constants)
+        grid = (slabs, chunk.stop - chunk.start)
+        launch(kernel, grid, *part, *shared, **constants, num_warps=p.num_warps)
 
 
 def group_norm_silu_forward(
@@ -314,6 +300,25 @@ class Gradients:
     shift: Tensor | None = None
 
 
+def empty_gradients(
+    wanted: frozenset[str],
+    x: Tensor,
+    pre_shift: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> Gradients:
+    """Memory for the gradients named in `wanted`."""
+    found = Gradients()
+    if "x" in wanted:
+        found.x = torch.empty_like(x)
+    if "affine" in wanted:
+        found.affine = x.new_empty(2, x.shape[1], dtype=torch.float32)
+    for name, value in (("pre_shift", pre_shift), ("scale", scale), ("shift", shift)):
+        if name in wanted and value is not None:
+            setattr(found, name, value.new_empty(x.shape[:2]))
+    return found
+
+
 def group_norm_silu_backward(
     dy: Tensor,
     x: Tensor,
@@ -339,14 +344,9 @@ def group_norm_silu_backward(
     p = plan(height * width, channels, num_groups, x.element_size(), backward=True)
     dy = channels_last_like(dy, x)
     residual = None if residual is None else channels_last_like(residual, x)
-    found = Gradients(x=torch.empty_like(x) if "x" in wanted else None)
-    for name, value in (("pre_shift", pre_shift), ("scale", scale), ("shift", shift)):
-        if name in wanted and value is not None:
-            setattr(found, name, value.new_empty(n, channels))
-    partial = None
-    if "affine" in wanted:
-        partial = torch.empty(2, n, channels, dtype=torch.float32, device=x.device)
-    dweight, dbias = (None, None) if partial is None else partial
+    found = empty_gradients(wanted, x, pre_shift, scale, shift)
+    by_sample = None if found.affine is None else found.affine.new_empty(2, n, channels)
+    dweight, dbias = (None, None) if by_sample is None else by_sample
     pre_shift, scale, shift = rows(pre_shift), rows(scale), rows(shift)
     inputs = (x, dy, *statistics, pre_shift, scale, shift, residual)
     _start(
@@ -356,8 +356,8 @@ def group_norm_silu_backward(
         *(weight, bias, height * width, channels, num_groups),
         *(_row(pre_shift), _row(scale), _row(shift), grad_scale, residual_scale),
     )
-    if partial is not None:
-        found.affine = partial.sum(dim=1)
+    if by_sample is not None:
+        torch.sum(by_sample, dim=1, out=found.affine)
     return found
 
 

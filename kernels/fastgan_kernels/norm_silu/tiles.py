@@ -143,9 +143,7 @@ def group_totals(v, GROUP: tl.constexpr, SLAB: tl.constexpr, SLAB_PAD: tl.conste
 
 
 @triton.jit
-def group_totals_of_two(
-    v, w, GROUP: tl.constexpr, HEAD: tl.constexpr, TAIL_PAD: tl.constexpr
-):  # fmt: skip
+def group_totals_of_two(v, w, GROUP: tl.constexpr, HEAD: tl.constexpr, TAIL_PAD: tl.constexpr):
     """The same for a slab of two tiles: v [HEAD] and, behind them, w [TAIL_PAD]."""
     group_v = tl.arange(0, HEAD) // GROUP
     group_w = (HEAD + tl.arange(0, TAIL_PAD)) // GROUP

@@ -83,6 +83,18 @@ def table(architecture: tuple[int, int]) -> dict[Key, Entry]:
     return read(path(architecture))
 
 
+@cache
+def unmeasured() -> str | None:
+    """Why no table says which kernels are faster on this GPU than the library, or None."""
+    major, minor = torch.cuda.get_device_capability()
+    if path((major, minor)).is_file():
+        return None
+    return f"nothing was measured on sm_{major}{minor}, python -m fastgan_kernels.tune would"
+
+
+dispatch.unmeasured[OP] = unmeasured
+
+
 def plan_for(direction: Direction, x: Tensor, shape: Shape) -> Plan:
     """The plan for a convolution of x's dtype and device, as dispatch and the table say."""
     chosen = dispatch.implementation(OP, x.device.type, x.dtype)
