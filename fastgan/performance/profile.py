@@ -12,10 +12,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function, schedule
-
 from benchmarks.gpu_report.rates import product_rate
 from benchmarks.gpu_report.results import header, samples, write_json
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
+
 from fastgan import config as cfg
 from fastgan.common.errors import UserError
 from fastgan.launch import checks
