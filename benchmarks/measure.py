@@ -158,14 +158,12 @@ def timed(calls: Sequence[Call]) -> list[float]:
     return [start.elapsed_time(end) / 1e3 for start, end in pairwise(marks)]
 
 
-def kept_bytes(forward: Callable[[], torch.Tensor]) -> int | None:
-    """Allocated by a forward pass and still there for backward, its result not counted; None on a
-    CPU, whose allocations PyTorch does not count."""
-    if not ON_GPU:
-        return None
-    before = torch.cuda.memory_allocated()
+def kept_bytes(forward: Callable[[], torch.Tensor], besides: int = 0) -> int | None:
+    """Allocated by a forward pass and still there for backward, its result not counted, `besides`
+    what was there before; None on a CPU, whose allocations PyTorch does not count."""
+    before = torch.cuda.memory_allocated() if ON_GPU else 0
     y = forward()
-    return torch.cuda.memory_allocated() - before - y.nbytes
+    return torch.cuda.memory_allocated() - before - y.nbytes + besides if ON_GPU else None
 
 
 @dataclass(frozen=True)

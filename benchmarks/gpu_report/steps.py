@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
@@ -29,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.gpu_report.run import Place
+from benchmarks.gpu_report.table import described, gains
 from benchmarks.measure import DEVICE, ON_GPU, Content, kept_bytes, product_rate, timed
 from benchmarks.measure import seconds as now
 from fastgan import config as cfg
@@ -47,7 +47,6 @@ VARIANTS = {
 }
 # On a CPU the others take minutes and differ by nothing.
 DRY_VARIANTS, DRY_ROWS = ("plain-published", "fast-bf16", "fast-bf16-shared"), 3
-BASELINES = ("plain-published", "compiled-bf16", "fast-bf16")
 # Row of the ablation -> what it adds to the rows above; `layout` is no key's.
 ROWS = {
     "published": (*PLAIN, "precision=published", "data.resident=false"),
@@ -143,6 +142,7 @@ def measure(place: Place, variants: Sequence[Variant], pace: Pace, beside: int) 
             content["variants"][variant.name] = noted = {"error": None, "facts": None}
             if len(running) == beside:
                 del running[next(iter(running))]
+                _free()
             print(variant.name, flush=True)
             built = _built(variant, noted, place, stack, start)
             if built is None:
@@ -253,9 +253,10 @@ def build(config: cfg.TrainConfig, laid_out: bool, stack: ExitStack) -> tuple[Ru
     """A step that has settled, and what it took: seconds until the first iteration (compilation,
     choice of algorithms) and the first R1 were done, memory beyond what lived before.
 
-    Leaving `stack` ends the threads that decode. The peak is of a settled iteration: trials of
-    algorithms take more, once. The caching allocator's own number is what a card must have; what a
-    recorded iteration uses is in no other.
+    Leaving `stack` ends the threads that decode. The peak is of a settled iteration with R1: trials
+    of algorithms take more, once. The caching allocator's own number is what a card must have; what
+    a recorded iteration uses is in no other. `generator_kept`: bytes per image that G's forward
+    keeps for its backward.
     """
     # Steps that are compiled side by side share the limit on one function's graphs.
     torch._dynamo.config.recompile_limit = GRAPHS
@@ -271,35 +272,23 @@ def build(config: cfg.TrainConfig, laid_out: bool, stack: ExitStack) -> tuple[Ru
     for number in range(2, live.step.settling + 1):
         running.run(number)
         running.run(number * running.interval)
+    noise, labels = torch.randn_like(running.draw()[0]), running.draw()[1]
+    kept = kept_bytes(lambda: live.step._generate(noise, labels))
+    _free()
+    if ON_GPU:
+        torch.cuda.reset_peak_memory_stats()
+    running.run(running.interval)
     facts: Content = {
         "batch": config.batch,
         "interval": running.interval,
         "flop_per_image": iteration_flop(config),
         "first_step_seconds": marks[1] - marks[0],
         "first_r1_seconds": marks[2] - marks[1],
-        "peak_bytes": _peak(running, before),
-        "generator_kept": _generator_kept(running),
+        "peak_bytes": torch.cuda.max_memory_reserved() - before if ON_GPU else None,
+        "generator_kept": kept and kept / config.batch,
     }
     running.settings = take_settings()
     return running, facts
-
-
-def _generator_kept(running: Running) -> float | None:
-    """Bytes per image that G's forward keeps for its backward; None on a CPU."""
-    reals, labels = running.draw()
-    kept = kept_bytes(lambda: running.live.step._generate(torch.randn_like(reals), labels))
-    return None if kept is None else kept / len(reals)
-
-
-def _peak(running: Running, before: int) -> int | None:
-    """Bytes reserved at most during an iteration with R1, less what was reserved `before`."""
-    if not ON_GPU:
-        return None
-    _free()
-    torch.cuda.reset_peak_memory_stats()
-    running.run(running.interval)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_reserved() - before
 
 
 def take_settings() -> Content:
@@ -318,74 +307,6 @@ def restore_settings(settings: Content) -> None:
     torch.backends.cudnn.allow_tf32 = settings["cudnn"]
     torch.backends.cudnn.benchmark = settings["benchmark"]
     dispatch.use(settings["kernels"])
-
-
-def described(content: Content) -> Content:
-    """The content with its `table`: per variant medians of all its rounds, and what it is of every
-    baseline's images per second, round by round. Without a matrix rate (a dry run) no MFU."""
-    rows = []
-    for name, noted in content["variants"].items():
-        row: Content = {"variant": name}
-        mine = [found for found in content["rounds"] if name in found]
-        if mine:
-            facts, rate = noted["facts"], content["matmul_rate"]
-            iterations = [taken for found in mine for taken in found[name]["iterations"]]
-            iteration, r1 = median(iterations), median(found[name]["r1"] for found in mine)
-            speed = img_s(facts, iteration, r1)
-            row |= {"batch": facts["batch"], "img_s": speed}
-            row |= {"mfu": rate and facts["flop_per_image"] * speed / rate}
-            row |= {"iteration_ms": 1e3 * iteration, "n": len(iterations)}
-            row |= {"r1_adds_ms": 1e3 * (r1 - iteration)}
-            row |= {"peak_gb": facts["peak_bytes"] and facts["peak_bytes"] / 1e9}
-            row |= {"first_step_s": facts["first_step_seconds"]}
-            row |= {f"vs_{base}": faster(content, name, base) for base in BASELINES}
-            row |= {"kept_vs_compiled-bf16": _kept(content, name, "compiled-bf16")}
-            row |= {"skipped_updates": noted["skipped_updates"] or None}
-        rows.append(row | {"error": noted["error"]})
-    return content | {"table": rows}
-
-
-def img_s(facts: Content, iteration: float, r1: float) -> float:
-    """On the published schedule: every so many iterations one with R1, which takes `r1` seconds."""
-    return facts["batch"] / (iteration + (r1 - iteration) / facts["interval"])
-
-
-def faster(content: Content, name: str, base: str) -> float | None:
-    """Images per second over those of `base` in the same round, which may have had another batch;
-    the median of the rounds that had both."""
-    speeds = [
-        {
-            each: img_s(content["variants"][each]["facts"], median(t["iterations"]), t["r1"])
-            for each, t in found.items()
-        }
-        for found in content["rounds"]
-    ]
-    both = [speed[name] / speed[base] for speed in speeds if {name, base} <= speed.keys()]
-    return median(both) if both else None
-
-
-def _kept(content: Content, name: str, base: str) -> float | None:
-    """Bytes that G keeps for its backward, over those of `base`."""
-    facts = [content["variants"].get(each, {}).get("facts") or {} for each in (name, base)]
-    mine, theirs = (each.get("generator_kept") for each in facts)
-    return mine / theirs if mine and theirs else None
-
-
-def gains(content: Content) -> Content:
-    """The ablation with a `table` of its rows: `vs_above`, over the nearest row above that took
-    turns with it, and `total`, over the first row: the product of those."""
-    ran: list[Content] = []
-    for row in content["table"]:
-        for key in [key for key in row if "vs_" in key]:
-            del row[key]
-        if "img_s" in row:
-            above = faster(content, row["variant"], ran[-1]["variant"]) if ran else None
-            before = ran[-1]["total"] if ran else None
-            first = row["variant"] == next(iter(ROWS))
-            row |= {"vs_above": above, "total": above and before and above * before}
-            row |= {"total": 1.0} if first else {}
-            ran.append(row)
-    return content
 
 
 def write_pictures(target: Path, count: int, side: int, channels: int, classes: int) -> None:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable
 from math import exp, fsum, log
 from pathlib import Path
+from statistics import median
 
 from benchmarks.cases import DIRECTIONS, REQUIRED, published
 from benchmarks.gpu_report.run import Case, Place, write_json
@@ -13,6 +14,8 @@ from fastgan.common.errors import UserError
 from fastgan.common.files import replace_atomically
 
 DRY_RUN = "**A dry run on a CPU: no number here is a speed.**"
+# What variants of a step are compared with.
+BASELINES = ("plain-published", "compiled-bf16", "fast-bf16")
 # The targets are for this GPU; what is measured on another one is not recorded.
 MACHINE = "H200"
 # Where a norm has to read its input once only; larger maps fit on no multiprocessor.
@@ -72,6 +75,73 @@ def _shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if 1e4 <= value < 1e7 else f"{value:.4g}"
     return "-" if value is None else str(value)
+
+
+def described(content: Content) -> Content:
+    """The content with its `table`: per variant medians of all its rounds, and what it is of every
+    baseline's images per second, round by round. Without a matrix rate (a dry run) no MFU."""
+    rows = []
+    for name, noted in content["variants"].items():
+        row: Content = {"variant": name}
+        mine = [found for found in content["rounds"] if name in found]
+        if mine:
+            facts, rate = noted["facts"], content["matmul_rate"]
+            iterations = [taken for found in mine for taken in found[name]["iterations"]]
+            iteration, r1 = median(iterations), median(found[name]["r1"] for found in mine)
+            speed = img_s(facts, iteration, r1)
+            row |= {"batch": facts["batch"], "img_s": speed}
+            row |= {"mfu": rate and facts["flop_per_image"] * speed / rate}
+            row |= {"iteration_ms": 1e3 * iteration, "n": len(iterations)}
+            row |= {"r1_adds_ms": 1e3 * (r1 - iteration)}
+            row |= {"peak_gb": facts["peak_bytes"] and facts["peak_bytes"] / 1e9}
+            row |= {"first_step_s": facts["first_step_seconds"]}
+            row |= {f"vs_{base}": faster(content, name, base) for base in BASELINES}
+            row |= {"kept_vs_compiled-bf16": _kept(content, name, "compiled-bf16")}
+            row |= {"skipped_updates": noted["skipped_updates"] or None}
+        rows.append(row | {"error": noted["error"]})
+    return content | {"table": rows}
+
+
+def img_s(facts: Content, iteration: float, r1: float) -> float:
+    """On the published schedule: every so many iterations one with R1, which takes `r1` seconds."""
+    return facts["batch"] / (iteration + (r1 - iteration) / facts["interval"])
+
+
+def faster(content: Content, name: str, base: str) -> float | None:
+    """Images per second over those of `base` in the same round, which may have had another batch;
+    the median of the rounds that had both."""
+    speeds = [
+        {
+            each: img_s(content["variants"][each]["facts"], median(t["iterations"]), t["r1"])
+            for each, t in found.items()
+        }
+        for found in content["rounds"]
+    ]
+    both = [speed[name] / speed[base] for speed in speeds if {name, base} <= speed.keys()]
+    return median(both) if both else None
+
+
+def _kept(content: Content, name: str, base: str) -> float | None:
+    """Bytes that G keeps for its backward, over those of `base`."""
+    facts = [content["variants"].get(each, {}).get("facts") or {} for each in (name, base)]
+    mine, theirs = (each.get("generator_kept") for each in facts)
+    return mine / theirs if mine and theirs else None
+
+
+def gains(content: Content) -> Content:
+    """The ablation with a `table` of its rows: `vs_above`, over the nearest row above that took
+    turns with it, and `total`, over `published`: the product of those."""
+    above: Content = {}
+    for row in content["table"]:
+        for key in [key for key in row if "vs_" in key]:
+            del row[key]
+        if "img_s" in row:
+            gain = faster(content, row["variant"], above["variant"]) if above else None
+            total = above["total"] * gain if gain and above["total"] else None
+            total = 1.0 if row["variant"] == "published" else total
+            row |= {"vs_above": gain, "total": total}
+            above = row
+    return content
 
 
 def pooled(rows: Iterable[Content]) -> float:

@@ -55,7 +55,7 @@ def step_content() -> dict[str, Any]:
     )
     both = {"plain-published": one(0.2, 0.52), "compiled-bf16": one(0.1, 0.26)}
     content["rounds"] = [{"compiled-bf16": one(0.1, 0.26)}, both, both]
-    return steps.described(content)
+    return table.described(content)
 
 
 def kernel_rows(seconds: Any, kept: int = 30) -> list[dict[str, Any]]:
@@ -131,13 +131,13 @@ def test_gains_are_of_rows_that_took_turns() -> None:
     pairs = [("published", 0.4, "layout", 0.2), ("layout", 0.25, "compile", 0.05)]
     pairs += [("compile", 0.06, "kernels", 0.05)]
     content["rounds"] = [{a: one(s, s), b: one(t, t)} for a, s, b, t in pairs]
-    found = {row["variant"]: row for row in steps.gains(steps.described(content))["table"]}
+    found = {row["variant"]: row for row in table.gains(table.described(content))["table"]}
     gains = [found[name].get("vs_above") for name in names]
     assert gains == [None, pytest.approx(2), None, pytest.approx(5), pytest.approx(1.2)]
     assert found["published"]["total"] == 1 and found["kernels"]["total"] == pytest.approx(12)
     later = turns(kernels=noted(facts()), folded=noted(facts()))
     later["rounds"] = [{"kernels": one(0.2, 0.2), "folded": one(0.1, 0.1)}]
-    assert [r["total"] for r in steps.gains(steps.described(later))["table"]] == [None, None]
+    assert [r["total"] for r in table.gains(table.described(later))["table"]] == [None, None]
 
 
 def test_each_row_adds_what_its_name_says() -> None:
