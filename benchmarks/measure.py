@@ -27,12 +27,6 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 ROUNDS = 20 if ON_GPU else 1
 ROUND_SECONDS = 2e-3
-ARITHMETIC = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "tf32": torch.float32,
-    "fp32": torch.float32,
-}
 Call = Callable[[], object]
 Content = dict[str, Any]
 
@@ -181,7 +175,7 @@ class Chip:
 
 def measure_chip() -> Chip:
     """Medians, of copies of 1 GiB and products of 8192 x 8192 matrices (on a CPU much less)."""
-    return Chip(copy_bandwidth()["median"], product_rate("bf16" if ON_GPU else "fp32")["median"])
+    return Chip(copy_bandwidth()["median"], product_rate()["median"])
 
 
 def copy_bandwidth() -> Content:
@@ -191,13 +185,9 @@ def copy_bandwidth() -> Content:
     return samples([2 * source.nbytes / t for t in per_call([lambda: target.copy_(source)])])
 
 
-def product_rate(arithmetic: str) -> Content:
-    """Samples: FLOP per second of a square product of random numbers, in one of ARITHMETIC."""
-    n, tf32 = 8192 if ON_GPU else 64, torch.backends.cuda.matmul.allow_tf32
-    a, b = (torch.randn(n, n, device=DEVICE).to(ARITHMETIC[arithmetic]) for _ in range(2))
+def product_rate(dtype: torch.dtype = DTYPE) -> Content:
+    """Samples: FLOP per second of a square matrix product of random numbers."""
+    n = 8192 if ON_GPU else 64
+    a, b = (torch.randn(n, n, device=DEVICE).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
-    torch.backends.cuda.matmul.allow_tf32 = arithmetic == "tf32"
-    try:
-        return samples([2 * n**3 / t for t in per_call([lambda: torch.mm(a, b, out=product)])])
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+    return samples([2 * n**3 / t for t in per_call([lambda: torch.mm(a, b, out=product)])])

@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 # On a bare machine nothing is installed: the packages are those beside this file.
@@ -51,9 +52,11 @@ def main() -> int:
     runner, targets = run.Runner(out, tiny, options.minutes), table.read_targets(ROOT)
     for case in chosen if options.again else ():
         runner.place(case).result.unlink(missing_ok=True)
-    for _ in [()] if options.summary else runner.run(chosen):
+    for _ in chain([()], runner.run(() if options.summary else chosen)):
         try:
             table.write_report(table.collect(out, plan, tiny), out, targets)
+        except UserError:
+            raise
         except Exception:
             # A result that the tables cannot take is no reason to measure no others.
             traceback.print_exc()

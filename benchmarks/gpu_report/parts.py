@@ -27,7 +27,6 @@ from benchmarks.gpu_report.run import ROOT, Case, Place
 from benchmarks.gpu_report.steps import ablation, steps
 from benchmarks.gpu_report.table import speeds
 from benchmarks.measure import (
-    ARITHMETIC,
     DEVICE,
     DTYPE,
     ON_GPU,
@@ -198,8 +197,8 @@ def benchmark(place: Place) -> Content:
 def chip(place: Place) -> Content:
     """What it copies (bytes read plus written per second) and multiplies (FLOP per second)."""
     found = {"copy_bandwidth": copy_bandwidth()}
-    for name in ARITHMETIC if ON_GPU else ("fp32",):
-        found[f"matmul_rate_{name}"] = product_rate(name)
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        found[f"matmul_rate_{name}"] = product_rate(dtype)
     lines = [
         {"rate": name, "median": each["median"], "n": each["n"]} for name, each in found.items()
     ]
@@ -210,7 +209,7 @@ def convolutions(place: Place) -> Content:
     """What the 3x3 convolutions of a pass reach of the matrix rate measured in the same process,
     each as often as a pass has it; dgrad also as a forward convolution with the flipped weight."""
     torch.backends.cudnn.benchmark = True
-    rate = product_rate("bf16" if ON_GPU else "fp32")["median"]
+    rate = product_rate()["median"]
     content: Content = {"matmul_rate": rate, "table": []}
     for network in NETWORKS:
         flop, spent = 0, dict.fromkeys(("forward", "dgrad", "dgrad_flipped"), 0.0)

@@ -57,9 +57,12 @@ class Place:
         write_json(self.result, header() | content | {"complete": complete})
 
     def found(self) -> Content:
-        """What is there, of the same kind (dry or real)."""
-        content = read_json(self.result) if self.result.is_file() else {}
-        return content if content.get("dry_run") is self.tiny else {}
+        """What is there, of the same kind (dry or real); what cannot be read is measured again."""
+        try:
+            content = json.loads(self.result.read_text())
+            return content if content["dry_run"] is self.tiny else {}
+        except (OSError, ValueError, TypeError, LookupError):
+            return {}
 
 
 @dataclass(frozen=True)
@@ -88,19 +91,6 @@ def write_json(path: Path, content: object) -> None:
     """Replaces `path` by `content`; a reader sees the old file or the new one."""
     with replace_atomically(path) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())
-
-
-def read_json(path: Path) -> Content:
-    """The object that `path` holds. UserError: it cannot be read, or holds something else."""
-    try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("no object")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot be read ({error}), {path}, deleting it would measure it again"
-        ) from error
-    return content
 
 
 class Runner:
@@ -190,21 +180,14 @@ class Runner:
         for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
             environment[name] = str(caches(self.out) / name.lower())
         environment |= {"PYTHONUNBUFFERED": "1"} | (DRY if self.tiny else {})
-        log = self._log(case)
-        try:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            output = log.open("ab")
-        except OSError as error:
-            raise UserError(
-                f"cannot write ({error.strerror}), {log}, another --out would do"
-            ) from error
+        self._log(case).parent.mkdir(parents=True, exist_ok=True)
         # What an earlier run said of it stays: its errors are to be mended elsewhere.
-        with output:
+        with self._log(case).open("ab") as log:
             return subprocess.Popen(
                 self.command(case),
                 cwd=ROOT,
                 env=environment,
-                stdout=output,
+                stdout=log,
                 stderr=subprocess.STDOUT,
                 # A process group of its own, so that what the case started ends with it.
                 start_new_session=True,

@@ -132,7 +132,7 @@ def ablation(place: Place) -> Content:
 
 def measure(place: Place, variants: Sequence[Variant], pace: Pace, beside: int) -> Content:
     """Facts, readings, speeds and ratios of all variants, of which `beside` live at a time."""
-    rate = None if place.tiny else product_rate("bf16")["median"]
+    rate = None if place.tiny else product_rate()["median"]
     content: Content = {"experiment": place.result.stem, "matmul_rate": rate}
     content |= {"variants": {}, "rounds": []}
     start, running = take_settings(), dict[str, Running]()

@@ -136,6 +136,7 @@ def test_a_dry_run_of_stand_ins_stops_and_goes_on(
     with tarfile.open(tmp_path / "x.tar.gz") as archive:
         assert {"out/report.md", "out/kernels/e.json"} <= set(archive.getnames())
     stand_ins.bodies["rates/d"] = GOOD
+    (stand_ins.out / "rates/d.json").write_text("{")
     code, out, _ = called(capsys, monkeypatch, *words)
     assert code == 0 and "kernels/e" not in out and "parity" not in out
     counts = {case.name: read(stand_ins.out / f"{case.name}.json")["table"][0]["runs"]
