@@ -46,7 +46,7 @@ VARIANTS = {
     "fast-bf16-shared": (*FAST, "share_fakes=true"),
 }
 # On a CPU the others take minutes and differ by nothing.
-DRY_VARIANTS, DRY_ROWS = ("plain-published", "fast-bf16", "fast-bf16-shared"), 3
+DRY_VARIANTS, DRY_ROWS = ("plain-published", "fast-bf16"), 3
 # Row of the ablation -> what it adds to the rows above; `layout` is no key's.
 ROWS = {
     "published": (*PLAIN, "precision=published", "data.resident=false"),
