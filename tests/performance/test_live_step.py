@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from benchmarks.gpu_report.steps import restore_settings, take_settings
 
+from benchmarks.gpu_report.steps import restore_settings, take_settings
 from fastgan.common.errors import UserError
 from fastgan.models import network_from_config
 from fastgan.models.build import PUBLISHED_NETWORKS
