@@ -19,7 +19,6 @@ from xml.etree import ElementTree
 import torch
 from fastgan_kernels.aot.shapes import NETWORKS
 from torch.nn import functional as F
-from torch.nn.grad import conv2d_input
 
 from benchmarks.cases import DIRECTIONS
 from benchmarks.gpu_report.cifar10 import STAGES, cifar10
@@ -238,9 +237,8 @@ def _convolution(images: int, cin: int, cout: int, size: int) -> dict[str, list[
     flipped = weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
     count = copies(images * size**2 * (cin + cout) * DTYPE.itemsize)
     xs, dys = [[normal(images, c, size, size) for _ in range(count)] for c in (cin, cout)]
-    dgrad = partial(conv2d_input, xs[0].shape, weight, padding=1)
     return {
         "forward": [partial(F.conv2d, x, weight, padding=1) for x in xs],
-        "dgrad": [partial(dgrad, dy) for dy in dys],
+        "dgrad": [partial(F.conv_transpose2d, dy, weight, padding=1) for dy in dys],
         "dgrad_flipped": [partial(F.conv2d, dy, flipped, padding=1) for dy in dys],
     }

@@ -252,7 +252,7 @@ def test_convolutions_compute_what_autograd_does(monkeypatch: pytest.MonkeyPatch
     calls = {name: each[0] for name, each in parts._convolution(2, 3, 5, 8).items()}
     x, weight = (calls["forward"].args[i].clone().requires_grad_() for i in (0, 1))  # type: ignore[attr-defined]
     y = torch.nn.functional.conv2d(x, weight, padding=1)
-    dy = calls["dgrad"].args[-1]  # type: ignore[attr-defined]
+    dy = calls["dgrad"].args[0]  # type: ignore[attr-defined]
     dx = torch.autograd.grad(y, x, dy)[0]
     for name, expected in (("forward", y), ("dgrad", dx), ("dgrad_flipped", dx)):
         torch.testing.assert_close(calls[name](), expected, rtol=1e-4, atol=1e-4)
