@@ -55,7 +55,7 @@ def markdown(report: Content, targets: Iterable[Content]) -> str:
     rows = [
         {"target": t["metric"], "wanted": t["target"], "measured": measured[t["id"]]}
         for t in targets
-        if t["id"] in measured
+        if t["id"] in measured and not report["dry_run"]
     ]
     lines += ["## Targets", table(rows)] if rows else []
     missing = [f"- {name}: {line or 'not run yet'}" for name, line in report["missing"].items()]
