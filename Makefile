@@ -41,7 +41,7 @@ budget: .venv/.ready ## what the published experiments cost on A100, H100, H200:
 
 gpu-wheels: .venv/.ready ## wheels/: what tools/gpu_report.py takes to a GPU machine without network
 	@rm -rf wheels && $(PYTHON) -m pip wheel -qq --disable-pip-version-check --no-deps -w wheels \
-	    $$($(PYTHON) -m pip freeze | grep -E '^(hydra-core|omegaconf|antlr4-python3-runtime|pytest-(xdist|timeout)|execnet)==')
+	    $$($(PYTHON) -m pip freeze | grep -E '^(hydra-core|omegaconf|antlr4-python3-runtime)==')
 
 lint: .venv/.ready ## ruff: rules and format
 	@$(PYTHON) -m ruff check --quiet .

@@ -1,54 +1,45 @@
-"""What is measured: every op at every shape of the published networks, at real batch sizes."""
+"""What is measured: every op at every shape of the published networks, made, compared with float64
+and only then timed."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any
 
-from fastgan_kernels.aot.shapes import NETWORKS, Block, Network, Norm
+import torch
+from fastgan_kernels import dispatch
+from fastgan_kernels.aot.shapes import NETWORKS, Network
+from torch import Tensor
+
+from benchmarks.measure import DEVICE, DTYPE, ON_GPU
 
 DIRECTIONS = ("forward", "backward")
-# Without these three a case cannot be compared; others (apex) are welcome.
-REQUIRED = ("eager", "compile", "ours")
+# PyTorch's operators as one would write them: its convolution too, which keeps its input.
+LIBRARY = "library,frozen_conv2d=reference"
+# Candidate -> what dispatch takes for it. Without these a case cannot be compared.
+REQUIRED = {"library": LIBRARY, "compile": LIBRARY, "ours": "triton"}
+Inputs = dict[str, Any]
+"""Tensors by argument name."""
 
 
 @dataclass(frozen=True)
-class Conv:
-    """A frozen convolution of `kernel` x `kernel` pixels."""
+class Shape:
+    """Channels in and out, pixels a side, and what else tells one call of an op from another."""
 
     cin: int
     cout: int
     size: int
-    kernel: int
+    kernel: int = 3
+    embedding: str = ""
+    act: bool = True
+    resample: str = ""
 
-
-@dataclass(frozen=True)
-class NormConv:
-    """A block's 3 x 3 convolution and the norm in front; the second one's takes an embedding."""
-
-    cin: int
-    cout: int
-    size: int
-    embedding: str
-
-
-@dataclass(frozen=True)
-class Resampling:
-    """In front of a block's first convolution; `direction` is "up" or "down"."""
-
-    channels: int
-    size: int
-    direction: str
-
-
-@dataclass(frozen=True)
-class Images:
-    """Generated images on their way to a backbone."""
-
-    size: int
-
-
-Shape = Norm | Block | Conv | NormConv | Resampling | Images
+    def __str__(self) -> str:
+        channels = f"C{self.cin}" if self.cin == self.cout else f"{self.cin}to{self.cout}"
+        kind = [self.resample, self.embedding.replace(" ", "_"), "" if self.act else "linear"]
+        kind.append("" if self.kernel == 3 else f"{self.kernel}x{self.kernel}")
+        return "-".join(filter(None, [channels, f"{self.size}px", *kind]))
 
 
 @dataclass(frozen=True)
@@ -57,12 +48,11 @@ class Case:
 
     op: str
     network: Network
-    label: str
     shape: Shape
     count: int = 1
 
     def __str__(self) -> str:
-        return f"{self.network.name}-{self.label}"
+        return f"{self.network.name}-{self.shape}"
 
     @property
     def batch(self) -> int:
@@ -70,12 +60,7 @@ class Case:
 
     @property
     def channels(self) -> int:
-        """Channels of the input; of a block or convolution the more numerous of in and out."""
-        match self.shape:
-            case Norm() | Resampling():
-                return self.shape.channels
-            case Images():
-                return 3
+        """The more numerous of in and out."""
         return max(self.shape.cin, self.shape.cout)
 
     @property
@@ -84,114 +69,159 @@ class Case:
         return self.shape.size**2
 
 
-def norms(network: Network) -> list[Case]:
-    """A label's last word is what the norm takes of the embedding, or `linear` without SiLU."""
-    found = []
-    for norm, count in network.norms().items():
-        extra = "linear" if not norm.act else norm.embedding.replace(" ", "_")
-        label = f"C{norm.channels}-{norm.size}px" + (f"-{extra}" if extra else "")
-        found.append(Case("group_norm_silu", network, label, norm, count))
-    return found
+def norms(network: Network) -> Iterator[tuple[Shape, int]]:
+    for n, count in network.norms().items():
+        yield Shape(n.channels, n.channels, n.size, embedding=n.embedding, act=n.act), count
 
 
-def convolutions(network: Network) -> list[Case]:
-    return [
-        Case("frozen_conv2d", network, f"{i}to{o}-{size}px-{k}x{k}", Conv(i, o, size, k), count)
-        for (i, o, size, k), count in network.convolutions().items()
-    ]
-
-
-def norm_convolutions(network: Network) -> list[Case]:
-    """Where nothing is resampled in between; a label's last word is what the norm takes."""
-    found: Counter[NormConv] = Counter()
+def norm_convolutions(network: Network) -> Iterator[tuple[Shape, int]]:
+    """A block's 3 x 3 convolutions with the norm in front, where nothing is resampled in between;
+    the second one's norm takes the embedding."""
     for b in network.blocks:
         if not b.resample:
-            found[NormConv(b.cin, b.cout, b.size, "")] += b.count
-        found[NormConv(b.cout, b.cout, b.out_size, network.embedding)] += b.count
-    return [
-        Case(
-            "norm_silu_conv",
-            network,
-            f"{c.cin}to{c.cout}-{c.size}px-{c.embedding.replace(' ', '_') or 'plain'}",
-            c,
-            count,
-        )
-        for c, count in found.items()
-    ]
+            yield Shape(b.cin, b.cout, b.size), b.count
+        yield Shape(b.cout, b.cout, b.out_size, embedding=network.embedding), b.count
 
 
-def blocks(network: Network) -> list[Case]:
-    """Residual blocks without attention, which is the same library call in every candidate."""
-    found: Counter[Block] = Counter()
-    for block in network.blocks:
-        found[replace(block, heads=0, count=1)] += block.count
-    return [
-        Case(
-            "frozen_unet_block",
-            network,
-            f"{b.cin}to{b.cout}-{b.size}px" + (f"-{b.resample}" if b.resample else ""),
-            b,
-            count,
-        )
-        for b, count in found.items()
-    ]
+def blocks(network: Network) -> Iterator[tuple[Shape, int]]:
+    """Without attention, which is the same library call in every candidate."""
+    for b in network.blocks:
+        yield Shape(b.cin, b.cout, b.size, resample=b.resample), b.count
 
 
-def resamplings(network: Network) -> list[Case]:
-    found = Counter(Resampling(*each) for each in network.resamplings())
-    return [
-        Case("resample2x", network, f"C{r.channels}-{r.size}px-{r.direction}", r, count)
-        for r, count in found.items()
-    ]
-
-
-def images(network: Network) -> list[Case]:
-    size = network.resolution
-    return [Case("resize_normalize", network, f"{size}px", Images(size))]
-
-
-TABLES: dict[str, Callable[[Network], list[Case]]] = {
+# Shapes of a network's ops, each with how often it is there; one may come several times.
+TABLES: dict[str, Callable[[Network], Iterable[tuple[Shape, int]]]] = {
     "group_norm_silu": norms,
-    "frozen_conv2d": convolutions,
+    "frozen_conv2d": lambda n: ((Shape(*s), count) for s, count in n.convolutions().items()),
     "norm_silu_conv": norm_convolutions,
     "frozen_unet_block": blocks,
-    "resample2x": resamplings,
-    "resize_normalize": images,
+    "resample2x": lambda n: ((Shape(c, c, s, resample=way), 1) for c, s, way in n.resamplings()),
+    "resize_normalize": lambda n: [(Shape(3, 3, n.resolution), 1)],
 }
 
 
 def published(op: str) -> list[Case]:
     """Every case of `op`, network by network."""
-    return [case for network in NETWORKS for case in TABLES[op](network)]
+    cases = []
+    for network in NETWORKS:
+        found: Counter[Shape] = Counter()
+        for shape, count in TABLES[op](network):
+            found[shape] += count
+        cases += [Case(op, network, shape, count) for shape, count in found.items()]
+    return cases
 
 
 def tiny(cases: Iterable[Case]) -> list[Case]:
-    """One case of each kind per network, small and of one image: to try the code, not to time."""
-    found: dict[tuple[str, object], Case] = {}
+    """One case of each kind per network, of one image and few channels (in multiples of the 32
+    groups; different ones stay different): to try the code, not to time."""
+    found: dict[object, Case] = {}
     for case in cases:
-        network = replace(case.network, batch=1)
-        changes: Any = {"size": min(4, case.shape.size), **_narrow(case.shape)}
-        small = replace(case, network=network, shape=replace(case.shape, **changes))
-        found.setdefault((network.name, _kind(case)), replace(small, label=f"tiny-{case.label}"))
+        s, network = case.shape, replace(case.network, batch=1)
+        cin, cout = (c if c == 3 else 32 * -(-c // 128) for c in (s.cin, s.cout))
+        small = replace(s, cin=cin, cout=cout, size=min(4, s.size))
+        kind = network.name, replace(s, cin=s.cin != s.cout, cout=0, size=0)
+        found.setdefault(kind, Case(case.op, network, small, case.count))
     return list(found.values())
 
 
-def _narrow(shape: Shape) -> dict[str, int]:
-    """A quarter of the channels, in multiples of the 32 groups; different ones stay different."""
-    channels = {name: getattr(shape, name, 0) for name in ("channels", "cin", "cout")}
-    return {name: 32 * -(-count // 128) for name, count in channels.items() if count}
+@dataclass(frozen=True, eq=False)
+class Op:
+    """How to measure one op.
+
+    inputs: its tensors by name, `x` first, those whose gradients a D2O-F fine-tune computes with
+    requires_grad; call: the function that it is given, on them; ours: the public function, exact:
+    the definition, which gets float64; parts: (bytes, FLOP) in one direction that no implementation
+    does without, one after the other. others: further candidates, by what dispatch takes.
+    largest: whether the largest error is compared too (behind many roundings it is luck).
+    """
+
+    name: str
+    inputs: Callable[[Case, Callable[..., Tensor]], Inputs]
+    call: Callable[[Callable[..., Tensor], Case, Inputs], Tensor]
+    ours: Callable[..., Tensor]
+    exact: Callable[..., Tensor]
+    parts: Callable[[Case, str], Sequence[tuple[float, float]]]
+    others: Mapping[str, str] = field(default_factory=dict)
+    largest: bool = True
+
+    def runs(self) -> list[tuple[Case, str, str]]:
+        """(case, candidate, direction): the candidates of a case one after the other."""
+        cases = published(self.name)
+        return [
+            (case, candidate, direction)
+            for case in (cases if ON_GPU else tiny(cases))
+            for candidate in (*REQUIRED, *self.others)
+            for direction in DIRECTIONS
+        ]
+
+    def function(self, case: Case, candidate: str) -> Callable[[Inputs], Tensor]:
+        """The candidate; it asks dispatch, which is told here."""
+        dispatch.use((REQUIRED | dict(self.others))[candidate])
+        call = partial(self.call, self.ours, case)
+        if candidate != "compile":
+            return call
+        torch._dynamo.reset()
+        backend = "inductor" if ON_GPU else "aot_eager"
+        return torch.compile(call, backend=backend, fullgraph=True, dynamic=False)
 
 
-def _kind(case: Case) -> object:
-    match case.shape:
-        case Norm(act=act, embedding=embedding):
-            return act, embedding
-        case Conv(kernel=kernel):
-            return kernel
-        case NormConv(embedding=embedding):
-            return embedding
-        case Block():
-            return case.shape.resample, case.network.projects(case.shape)
-        case Resampling(direction=direction):
-            return direction
-    return None
+def make(op: Op, case: Case) -> Inputs:
+    """The same numbers for every candidate."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def normal(*size: int, std: float = 1.0, dtype: torch.dtype = DTYPE) -> Tensor:
+        value = (torch.randn(size, generator=generator, device=DEVICE) * std).to(dtype)
+        return value.to(memory_format=torch.channels_last) if len(size) == 4 else value
+
+    return op.inputs(case, normal)
+
+
+def incoming(y: Tensor) -> Tensor:
+    """A gradient that arrives at y, of numbers that every dtype of a benchmark holds."""
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    dy = torch.randn(y.shape, generator=generator, device=DEVICE).to(DTYPE).to(y.dtype)
+    return dy.to(memory_format=torch.channels_last)
+
+
+def gradients(y: Tensor, inputs: Inputs) -> Callable[[], tuple[Tensor, ...]]:
+    """A backward pass that can be run again and again."""
+    wanted, dy = [value for value in inputs.values() if value.requires_grad], incoming(y)
+    return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
+
+
+def results(function: Callable[[Inputs], Tensor], inputs: Inputs) -> Inputs:
+    """The output, and the gradients that are asked for by name."""
+    y = function(inputs)
+    names = [f"grad {name}" for name, value in inputs.items() if value.requires_grad]
+    return {"y": y.detach(), **dict(zip(names, gradients(y, inputs)(), strict=True))}
+
+
+@lru_cache(maxsize=1)
+def truth(op: Op, case: Case) -> tuple[Inputs, Inputs]:
+    """What plain PyTorch finds, and what is right."""
+    inputs = make(op, case)
+    double = {k: v.detach().double().requires_grad_(v.requires_grad) for k, v in inputs.items()}
+    plain = results(op.function(case, "library"), inputs)
+    return plain, results(partial(op.call, op.exact, case), double)
+
+
+@lru_cache(maxsize=1)
+def accurate(op: Op, case: Case, candidate: str) -> Callable[[Inputs], Tensor]:
+    """The candidate; AssertionError if it is less accurate than the tests of kernels allow."""
+    from oracle import assert_as_accurate
+
+    plain, exact = truth(op, case)
+    function = op.function(case, candidate)
+    assert_as_accurate(results(function, make(op, case)), plain, exact, largest=op.largest)
+    return function
+
+
+def calls(
+    function: Callable[[Inputs], Tensor], inputs: Inputs, direction: str, count: int
+) -> list[Callable[[], object]]:
+    """`count` calls with an x and a dy each; parameters are shared, as they are in training."""
+    x = inputs["x"].detach()
+    sets = [inputs | {"x": x.clone().requires_grad_()} for _ in range(count)]
+    if direction == "forward":
+        return [partial(function, each) for each in sets]
+    return [gradients(function(each), each) for each in sets]

@@ -18,23 +18,11 @@ os.environ.pop("FASTGAN_KERNELS", None)
 # The tests' yardstick of accuracy is the benchmarks' too.
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests/kernels"))
 
-from fastgan_kernels import dispatch
+from benchmarks import cases, measure
 
-from benchmarks import measure, op
-from benchmarks.cases import Case
-
-FAILED = pytest.StashKey[list[dict[str, str]]]()
+FAILED = pytest.StashKey[list[dict[str, Any]]]()
 CHIP = pytest.StashKey[measure.Chip]()
-NO_SPEEDS = "CPU: these are no speeds"
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--launch",
-        choices=measure.LAUNCHES,
-        default="graph",
-        help="how a GPU's calls start: replayed as a CUDA graph, or one by one from Python",
-    )
+CLOCK = pytest.mark.benchmark(timer=measure.seconds, disable_gc=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,29 +38,27 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         session.config._benchmarksession.quiet = True  # type: ignore[attr-defined]
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`bench` of a test is one candidate at one shape in one direction of its module's OP."""
+    op = metafunc.module.OP
+    runs = [pytest.param((op, *run), id="-".join(map(str, run)), marks=CLOCK) for run in op.runs()]
+    metafunc.parametrize("bench", runs, indirect=True)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    params = getattr(item, "callspec", None) and item.callspec.params  # type: ignore[attr-defined]
-    if report.failed and params and isinstance(params.get("case"), Case):
-        found = _identity(params["case"], params["candidate"], params["direction"])
-        item.config.stash[FAILED].append(found)
+    if report.failed:
+        _, *run = item.callspec.params["bench"]  # type: ignore[attr-defined]
+        item.config.stash[FAILED].append(_facts(*run))
     return report
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    output_json["chip"] = asdict(config.stash[CHIP])
-    output_json["device"] = measure.DEVICE
-    output_json["launch"] = config.getoption("launch")
-    output_json["software"] = {
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if measure.ON_GPU else None,
-        "python": sys.version.split()[0],
-    }
+    output_json |= measure.header()
+    output_json["rates"] = asdict(config.stash[CHIP])
     output_json["failed"] = config.stash[FAILED]
     for benchmark in output_json["benchmarks"]:
         # Objects, which JSON cannot hold; extra_info names them.
@@ -81,59 +67,40 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not measure.ON_GPU:
-        terminalreporter.write_line(NO_SPEEDS)
+        terminalreporter.write_line("CPU: these are no speeds")
 
 
-def _version(name: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _identity(case: Case, candidate: str, direction: str) -> dict[str, str]:
-    return {
-        "op": case.op,
-        "network": case.network.name,
-        "shape": case.label,
-        "candidate": candidate,
-        "direction": direction,
-    }
+def _facts(case: cases.Case, candidate: str, direction: str) -> dict[str, Any]:
+    """What a row of results is about."""
+    found = {"op": case.op, "network": case.network.name, "shape": str(case.shape)}
+    found |= {"candidate": candidate, "direction": direction}
+    names = ("count", "channels", "pixels", "batch")
+    return found | {name: getattr(case, name) for name in names}
 
 
 @pytest.fixture(scope="session")
 def chip(pytestconfig: pytest.Config) -> measure.Chip:
-    with measure.one_stream():
-        found = measure.measure_chip()
-    pytestconfig.stash[CHIP] = found
-    return found
+    pytestconfig.stash[CHIP] = measure.measure_chip()
+    return pytestconfig.stash[CHIP]
 
 
 @pytest.fixture
-def bench(
-    benchmark: Any, chip: measure.Chip, pytestconfig: pytest.Config
-) -> Callable[[op.Op, Case, str, str], None]:
+def bench(request: pytest.FixtureRequest, benchmark: Any, chip: measure.Chip) -> Callable[[], None]:
     """Fails before anything is timed where the candidate is not accurate."""
-    dispatch.use("triton")
+    op, case, candidate, direction = request.param
 
-    def run(what: op.Op, case: Case, candidate: str, direction: str) -> None:
-        benchmark.group = f"{case.op} {case} {direction}"
+    def run() -> None:
         with measure.one_stream():
-            function = op.accurate(what, case, candidate)
-            inputs, dy = op.make(what, case), op.truth(what, case)[2]
-            kept, peak = measure.kept_and_peak(function, inputs, dy) or (None, None)
-            count = measure.copies(inputs["x"].nbytes + dy.nbytes, chip.l2_bytes)
-            calls = op.calls(function, inputs, dy, direction, count)
-            rotation = measure.Rotation(calls, pytestconfig.getoption("launch"))
-            benchmark.extra_info.update(
-                _identity(case, candidate, direction),
-                **{"count": case.count, "channels": case.channels, "pixels": case.pixels},
-                **{"batch": case.batch, "device": measure.DEVICE, "inputs": count},
-                **{"kept_bytes": kept, "peak_bytes": peak},
-                floor_seconds=chip.floor(what.parts(case, direction)),
-            )
+            function = cases.accurate(op, case, candidate)
+            inputs = cases.make(op, case)
+            # x, which is there before, is counted too.
+            kept = measure.kept_bytes(lambda: function(inputs), inputs["x"].nbytes)
+            count = measure.copies(2 * inputs["x"].nbytes)
+            rotation = measure.Rotation(cases.calls(function, inputs, direction, count))
+            floor = chip.floor(op.parts(case, direction))
+            benchmark.group = f"{case.op} {case} {direction}"
+            benchmark.extra_info |= _facts(case, candidate, direction)
+            benchmark.extra_info |= {"kept_bytes": kept, "floor_seconds": floor}
             benchmark.pedantic(
                 rotation, rounds=measure.ROUNDS, iterations=rotation.iterations(), warmup_rounds=1
             )

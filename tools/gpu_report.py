@@ -1,92 +1,118 @@
-"""Everything that a bare GPU machine should tell, in parts that stop and resume.
+"""Everything that a bare GPU machine should tell, in cases that stop and resume.
 
 The same command continues where it was stopped; what is finished is kept. See docs/gpu-report.md.
 """
 
+import os
+import shlex
+import shutil
+import signal
 import sys
+import traceback
+from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 # On a bare machine nothing is installed: the packages are those beside this file.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.gpu_report.wheels import hydra_importable
 from fastgan.common.errors import ArgumentParser, UserError, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
+NEEDED = ("hydra", "omegaconf", "antlr4")
 
 
 def main() -> int:
     options = _parser().parse_args()
-    with hydra_importable(ROOT / "wheels") as unpacked:
-        # It reads the configuration's schema, which needs Hydra.
-        from benchmarks.gpu_report import command
+    bring_hydra(ROOT / "wheels")
+    # The configuration's schema, which they read, needs Hydra.
+    from benchmarks.gpu_report import parts, run, table
+    from benchmarks.measure import ON_GPU
 
-        cases, parts = command.prepare(options)
-        if options.list:
-            command.list_cases(cases, parts)
-            return 0
-        content, run = command.measure(options, cases, parts, unpacked)
-        if options.update:
-            record(content, run.out, ROOT)
-        return command.conclude(options, run)
+    tiny, plan = options.tiny, parts.plan()
+    chosen = parts.select(plan, [options.one] if options.one else options.part)
+    out = options.out or Path("runs/gpu-report-tiny" if tiny else "runs/gpu-report")
+    if options.plan:
+        print(parts.printed(chosen))
+        return 0
+    if not (tiny or options.summary or ON_GPU):
+        raise UserError(
+            "no GPU, on this machine, --tiny for a dry run or --summary for results brought here "
+            "would do"
+        )
+    if options.one:
+        place = run.Place(out, options.one, tiny)
+        place.note(chosen[0].measure(place), complete=True)
+        return 0
+    if options.pack:
+        run.check_archive(out, options.pack)
+    # Also the cases that run end with this process.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    runner, targets = run.Runner(out, tiny, options.minutes), table.read_targets(ROOT)
+    for case in chosen if options.again else ():
+        runner.place(case).result.unlink(missing_ok=True)
+    for _ in chain([()], runner.run(() if options.summary else chosen)):
+        try:
+            table.write_report(table.collect(out, plan, tiny), out, targets)
+        except UserError:
+            raise
+        except Exception:
+            # A result that the tables cannot take is no reason to measure no others.
+            traceback.print_exc()
+        if options.pack:
+            run.pack(out, options.pack)
+    print(f"{out / 'report.md'}: written")
+    if options.update:
+        print(f"{table.record(table.collect(out, plan, tiny), ROOT)}: written")
+    if runner.left:
+        print(f"left: {', '.join(runner.left)}")
+        words = [word for word in sys.argv if word != "--again"]
+        print(f"continue with: {shlex.join(['python', *words])}")
+    return 1 if runner.failed else 0
+
+
+def bring_hydra(wheels: Path) -> None:
+    """Makes `import hydra` work, here and in processes begun from here: where it is not installed,
+    from the wheels that `make gpu-wheels` made, unpacked, since Hydra reads configurations of its
+    own as files. UserError: neither is there."""
+    paths = [str(ROOT), str(ROOT / "kernels")]
+    if not all(map(_importable, NEEDED)):
+        unpacked = wheels / "unpacked"
+        for wheel in () if unpacked.is_dir() else sorted(wheels.glob("*.whl")):
+            shutil.unpack_archive(wheel, unpacked, "zip")
+        sys.path.append(str(unpacked))
+        paths.append(str(unpacked))
+    missing = [name for name in NEEDED if not _importable(name)]
+    if missing:
+        raise UserError(
+            f"{', '.join(missing)} cannot be imported, on this machine or from {wheels}/*.whl, "
+            "`make gpu-wheels` where there is a network would fill it"
+        )
+    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
+
+
+def _importable(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--part",
-        nargs="+",
-        default=[],
-        metavar="PART",
-        help="parts, or single cases of them as PART/CASE (default: all)",
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="default: runs/gpu-report, tiny -tiny behind it"
-    )
-    parser.add_argument("--list", action="store_true", help="print the cases with their minutes")
-    parser.add_argument("--minutes", type=float, metavar="M", help="stop before M minutes are over")
-    parser.add_argument("--again", action="store_true", help="measure anew what is finished too")
-    parser.add_argument("--summary", action="store_true", help="measure nothing, write the report")
-    parser.add_argument("--pack", type=Path, metavar="FILE.tar.gz", help="the folder as an archive")
-    parser.add_argument("--tiny", action="store_true", help="a dry run on the CPU: no speeds")
-    parser.add_argument(
-        "--update", action="store_true", help="record an H200's results in benchmarks/"
-    )
+    add = parser.add_argument
+    add("--plan", action="store_true", help="print what runs in which order, with its seconds")
+    add("--part", nargs="+", default=[], help="parts, or cases PART/CASE (default: all)")
+    add("--out", type=Path, metavar="FOLDER", help="default: runs/gpu-report, tiny -tiny behind it")
+    add("--minutes", type=float, metavar="M", help="stop before M minutes are over")
+    add("--again", action="store_true", help="measure anew what is finished too")
+    add("--summary", action="store_true", help="measure nothing, write the report")
+    add("--pack", type=Path, metavar="FILE.tar.gz", help="the folder as an archive, case by case")
+    add("--update", action="store_true", help="record an H200's results in benchmarks/")
+    add("--tiny", action="store_true", help="a dry run on the CPU: no speeds")
+    add("--one", metavar="CASE", help="run this one here: what each case's process does")
     return parser
-
-
-def record(content: dict[str, Any], out: Path, root: Path) -> None:
-    """Writes benchmarks/results/h200-DATE/ below `root` and the rows of targets.json that were
-    measured. UserError, and nothing is written, where the report is not of an H200."""
-    from benchmarks import summarise
-    from benchmarks.gpu_report import kernel_benchmarks
-    from benchmarks.gpu_report.record import write_record
-    from benchmarks.gpu_report.report import require_record
-    from benchmarks.gpu_report.results import write_json
-    from benchmarks.results import Results, load
-
-    require_record(content, summarise.TARGET_MACHINE)
-    machine = content["environment"]
-    facts = {"chip": {"name": machine["chip"]}, "datetime": machine["datetime"]}
-    results = Results([], [], facts)
-    folder = f"benchmarks/results/{summarise.TARGET_MACHINE.lower()}-{results.date}"
-    targets = summarise.read_targets(root)
-    found = write_record(content, root / folder, {target["id"] for target in targets})
-    for target in targets:
-        if target["id"] in found:
-            value, file = found[target["id"]]
-            target |= summarise.verdict(target, value, results)
-            target["result_file"] = f"{folder}/{file}"
-    write_json(root / "benchmarks/targets.json", targets)
-    summarise.write_readme(root / "benchmarks/README.md", targets)
-    print(f"{folder}: written, with {len(found)} targets")
-    for op, files in kernel_benchmarks.result_files(out).items():
-        try:
-            summarise.update(load(files), root)
-        except UserError as error:
-            print(f"not recorded: {op}: {error}")
 
 
 if __name__ == "__main__":

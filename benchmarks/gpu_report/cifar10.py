@@ -20,69 +20,75 @@ from statistics import median
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.gpu_report.parts import AGAIN, BESIDE, ROOT, Case, module
-from benchmarks.gpu_report.pictures import write_pictures
-from benchmarks.gpu_report.results import Content, case_parser, header, write_json
-from benchmarks.gpu_report.runner import CACHES
-from benchmarks.gpu_report.timing import DEVICE
+from benchmarks.gpu_report.run import ROOT, Place, caches
+from benchmarks.gpu_report.steps import write_pictures
+from benchmarks.measure import DEVICE, Content
 from fastgan.checkpoint.network_file import load_network_file
 from fastgan.checkpoint.store import EMA, latest_checkpoint
-from fastgan.common.errors import UserError, run_command
+from fastgan.common.errors import UserError
 from fastgan.common.files import replace_atomically
 from fastgan.common.libraries import import_timm
 from fastgan.common.noise import seeded
 from fastgan.export.program import write_rounded
 from fastgan.launch.build import saved_network
-from fastgan.training.resume import PREEMPTED, Preempted
 
-PART = "cifar10"
 # Fine-tunes of the same teacher, by case: what differs from cifar10_narrow_d2o_f.
 FINE_TUNES = {
     "d2o_f": (),
     "d2o_f_shared": ("share_fakes=true",),
     "d2o": ("freeze.level=0",),
 }
-SECONDS = {"real": 60, "pretrain": 540, "teacher": 60} | dict.fromkeys(FINE_TUNES, 300)
-IMAGES = {"pretrain": "10M", "fine-tune": "1M"}
-# Of a distance, and of those that follow the pre-training.
+# In this order, as a later one reads what an earlier one made, with expected seconds.
+STAGES = (("real", 40), ("pretrain", 420), ("teacher", 40), *((name, 240) for name in FINE_TUNES))
+# Of a distance, and of those that follow the pre-training: Heun's 35 evaluations per image, in
+# strict float32, would take longer than the training.
 N, FEW = 10_000, 2_000
-_PIECES = "cifar10-32x32-train.zip.[0-9][0-9]"
 
 
-def cases(tiny: bool) -> list[Case]:
-    """In this order: a later one reads what an earlier one made. Training goes on where it was."""
-    return [
-        Case(
-            PART,
-            stage,
-            expected,
-            module("cifar10", "--stage", stage, "--folder", BESIDE, tiny=tiny),
-            resumes=stage in FINE_TUNES or stage == "pretrain",
-        )
-        for stage, expected in SECONDS.items()
-    ]
+def cifar10(place: Place) -> Content:
+    """The stage that is the case's name. Training that was stopped goes on where it was."""
+    # The command that runs gets the signal as well, and saves: wait for it.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    study, name = Study(place), place.result.stem
+    if name == "real":
+        # Test images against training images: what finite sets leave. Keeps the statistics.
+        return {"scores": study.scores(study.test, reference=study.train)}
+    if name == "teacher":
+        # What there was before: Heun's sampler with 18 steps, and one step of it, un-tuned.
+        heun = ["sampler.kind=heun", f"sampler.steps={2 if place.tiny else 18}"]
+        found = study.scores_of(study.teacher(), *heun)
+        return {"scores": found, "untuned": study.scores_of(study.teacher())}
+    return study.pretrained() if name == "pretrain" else study.fine_tuned(*FINE_TUNES[name])
 
 
 class Study:
-    """The study's files and settings; `folder` is the stage's own, beside the others'."""
+    """The study's files and settings; a dry run has pictures of noise and random weights."""
 
-    def __init__(self, folder: Path, tiny: bool) -> None:
-        self.folder, self.tiny = folder, tiny
-        self.cache = folder.parent.parent / CACHES / PART
-        for each in (self.folder, self.cache):
+    def __init__(self, place: Place) -> None:
+        self.place, self.tiny = place, place.tiny
+        self.cache = caches(place.out) / "cifar10"
+        for each in (place.folder, self.cache):
             each.mkdir(parents=True, exist_ok=True)
-        self.common = [f"device={DEVICE.type}"]
-        self.n = 16 if tiny else N
-        self.features: dict[str, list[str]]
-        if tiny:
-            self.train, self.test = (self._pictures(name) for name in ("train", "test"))
-            extractor = ["extractor=timm:mobilenetv2_050", f"weights={self._random_weights()}"]
-            self.features = {"mobilenetv2": extractor}
+        self.n, self.features = 16 if self.tiny else N, dict[str, list[str]]()
+        if self.tiny:
+            weights = self.cache / "mobilenetv2_050.safetensors"
+            self.train, self.test = (self.cache / f"{name}.zip" for name in ("train", "test"))
+            if not weights.is_file():
+                write_pictures(self.train, 32, 32, 3, 0)
+                write_pictures(self.test, 48, 32, 3, 0)
+                with seeded(0):
+                    save_file(import_timm().create_model("mobilenetv2_050").state_dict(), weights)
+            self.features = {
+                "mobilenetv2": ["extractor=timm:mobilenetv2_050", f"weights={weights}"]
+            }
             self.backbone = "discriminator.weights.mobilenetv2_100=random"
             return
-        self.train, self.test = _training_images(self.cache), _needed("data", "test.zip")
-        mobilenet = _needed("weights", "mobilenetv2_100_imagenet.safetensors")
-        resnet = _needed("weights", "resnet56_cifar10.safetensors")
+        self.train, self.test = (
+            training_images(self.cache),
+            needed("data", "cifar10-32x32-test.zip"),
+        )
+        mobilenet = needed("weights", "mobilenetv2_100_imagenet.safetensors")
+        resnet = needed("weights", "resnet56_cifar10.safetensors")
         self.backbone = f"discriminator.weights.mobilenetv2_100={mobilenet}"
         # The second is the discriminator's own backbone: what it says of a GAN is biased.
         self.features = {
@@ -90,32 +96,28 @@ class Study:
             "mobilenetv2": ["extractor=timm:mobilenetv2_100", f"weights={mobilenet}"],
         }
 
-    def run_dir(self, stage: str) -> Path:
-        return self.cache / stage
-
-    def reference(self, features: str) -> Path:
-        """Statistics of the training images, of stage `real`."""
-        return self.folder.parent / "real" / f"{features}.npz"
-
     def teacher(self) -> Path:
-        found = self.folder.parent / "pretrain" / EMA
+        found = self.place.out / "cifar10/pretrain" / EMA
         if not found.is_file():
-            raise UserError(f"no teacher, {found}, the case {PART}/pretrain would make it")
+            raise UserError(f"no teacher, {found}, the case cifar10/pretrain would make it")
         return found
 
+    def statistics(self, features: str) -> Path:
+        """Of the training images, which the case `real` leaves."""
+        return self.place.out / "cifar10/real" / f"{features}.npz"
+
     def scores(self, images: Path, *, reference: Path | None = None) -> Content:
-        """By features the distance of images, as python -m fastgan.evaluate measures it, to the
-        training images' statistics; or to `reference`, whose statistics become these."""
-        found = {}
+        """By features the distance of images to the training images' statistics; or to `reference`,
+        whose statistics become these."""
+        found, out = {}, self.cache / "score.json"
         for name, extractor in self.features.items():
-            out, kept = self.folder / f".score-{name}.json", self.reference(name)
-            out.unlink(missing_ok=True)
-            words = [*self.common, *extractor, f"images={images}", f"out={out}", "batch=250"]
+            kept = self.statistics(name)
+            words = [*extractor, f"images={images}", f"out={out}", "batch=250"]
             words += [f"reference={reference or kept}"]
-            words += [] if reference is None else [f"save_reference={kept}"]
+            words += [f"save_reference={kept}"] if reference else []
+            out.unlink(missing_ok=True)
             run("evaluate", words)
             result = json.loads(out.read_text())
-            out.unlink()
             found[name] = {key: result[key] for key in ("metric", "value", "n")}
         return found
 
@@ -124,111 +126,74 @@ class Study:
         images = self.cache / "sampled.npz"
         images.unlink(missing_ok=True)
         words = [f"checkpoint={network}", f"out={images}", f"seeds=0-{self.n - 1}", "batch=250"]
-        run("sample", [*self.common, *words, *sampler])
+        run("sample", [*words, *sampler])
         return self.scores(images)
 
-    def snapshots(self, images: int) -> list[str]:
-        """How training measures itself: by the first features, at every snapshot."""
-        name, words = next(iter(self.features.items()))
-        return [f"eval.{word}" for word in words] + [
-            f"eval.reference={self.reference(name)}", f"eval.images={images}", "eval.batch=250",
-        ]  # fmt: skip
+    def pretrained(self) -> Content:
+        """The narrow EDM model, measured at its snapshots by Heun's sampler of 18 steps."""
+        words = ["experiment=cifar10_narrow_pretrain", "total_images=8M"]
+        if self.tiny:
+            words += ["batch=4", "total_images=8", "snapshot=4", "tick=4", "eval.sampler.steps=2"]
+            words += ["network.model_channels=16", "precision=published"]
+        return self._trained("pretrain", words, min(self.n, FEW))
 
-    def _pictures(self, name: str) -> Path:
-        path = self.cache / f"{name}.zip"
-        if not path.is_file():
-            count = 32 if name == "train" else 48
-            write_pictures(path, count, resolution=32, channels=3, label_dim=0)
-        return path
+    def fine_tuned(self, *different: str) -> Content:
+        """A fine-tune of the teacher on engine=fast, measured at its snapshots and at its end."""
+        words = ["experiment=cifar10_narrow_d2o_f", *different, f"init.path={self.teacher()}"]
+        words += [self.backbone, "engine=fast", "precision=bf16"]
+        words += ["total_images=1M", "snapshot=100k"]
+        if self.tiny:
+            words += ["engine=plain", "batch=2", "total_images=4", "snapshot=2", "tick=2"]
+        found = self._trained("train", words, self.n)
+        return found | {"scores": self.scores_of(self.place.folder / EMA)}
 
-    def _random_weights(self) -> Path:
-        path = self.cache / "mobilenetv2_050.safetensors"
-        if not path.is_file():
-            with seeded(0):
-                save_file(import_timm().create_model("mobilenetv2_050").state_dict(), path)
-        return path
+    def _trained(self, command: str, words: list[str], images: int) -> Content:
+        """Trains, or goes on training, measured by so many `images` in the first features; brings
+        the averaged network in bfloat16, grids and the log."""
+        folder, run_dir = self.place.folder, self.cache / self.place.result.stem
+        name, extractor = next(iter(self.features.items()))
+        words = [*words, f"data.path={self.train}", f"run_dir={run_dir}"]
+        words += [f"eval.{word}" for word in extractor]
+        words += [f"eval.reference={self.statistics(name)}", f"eval.images={images}"]
+        run(command, [*words, "eval.batch=250"])
+        latest = latest_checkpoint(run_dir / "checkpoints")
+        assert latest is not None
+        network, file = saved_network(str(latest), torch.device("cpu"))
+        write_rounded(load_network_file(file), network, folder / EMA, "bf16")
+        shutil.copy(run_dir / "stats.jsonl", folder)
+        shutil.copytree(run_dir / "samples", folder / "samples", dirs_exist_ok=True)
+        return curve(folder / "stats.jsonl")
 
 
-def _needed(folder: str, name: str) -> Path:
-    place = Path(os.environ.get(f"FASTGAN_{folder.upper()}", ROOT / folder))
-    path = place / (f"cifar10-32x32-{name}" if folder == "data" else name)
+def needed(folder: str, name: str) -> Path:
+    """A file that has to be brought along. UserError: it was not."""
+    path = Path(os.environ.get(f"FASTGAN_{folder.upper()}", ROOT / folder), name)
     if not path.is_file():
-        raise UserError(f"{path} is not there, part {PART} needs it, see docs/gpu-report.md")
+        raise UserError(f"{path} is not there, part cifar10 needs it, see docs/gpu-report.md")
     return path
 
 
-def _training_images(cache: Path) -> Path:
+def training_images(cache: Path) -> Path:
     """The zip, joined from its pieces where it came in pieces."""
-    joined = cache / "train.zip"
-    place = Path(os.environ.get("FASTGAN_DATA", ROOT / "data"))
-    pieces = sorted(place.glob(_PIECES))
-    if not pieces:
-        return _needed("data", "train.zip")
+    name, joined = "cifar10-32x32-train.zip", cache / "train.zip"
+    pieces = Path(os.environ.get("FASTGAN_DATA", ROOT / "data")).glob(f"{name}.[0-9][0-9]")
+    found = sorted(pieces)
+    if not found:
+        return needed("data", name)
     if not joined.is_file():
         with replace_atomically(joined) as file:
-            for piece in pieces:
+            for piece in found:
                 file.write(piece.read_bytes())
     return joined
 
 
 def run(command: str, words: list[str]) -> None:
-    """python -m fastgan.COMMAND; Preempted where it was stopped. UserError: it failed."""
+    """python -m fastgan.COMMAND. UserError: it failed, or was stopped and has saved."""
+    words = [f"device={DEVICE}", *words]
     status = subprocess.run([sys.executable, "-m", f"fastgan.{command}", *words]).returncode
-    if status == PREEMPTED:
-        raise Preempted(command)
     if status:
         what = f"python -m fastgan.{command} {shlex.join(words)}"
         raise UserError(f"ended with {status}, {what}, 0 was expected")
-
-
-def real(study: Study) -> Content:
-    """Test images against training images: what finite sets leave. Keeps the statistics."""
-    return {"scores": study.scores(study.test, reference=study.train)}
-
-
-def pretrained(study: Study) -> Content:
-    """The narrow EDM model, measured at its snapshots by Heun's sampler of 18 steps."""
-    words = ["experiment=cifar10_narrow_pretrain", f"total_images={IMAGES['pretrain']}"]
-    if study.tiny:
-        words += ["batch=4", "total_images=8", "snapshot=4", "tick=4", "eval.sampler.steps=2"]
-        words += ["network.model_channels=16", "precision=published"]
-    # Heun's 35 evaluations per image, in strict float32, would take longer than the training.
-    return _trained(study, "pretrain", "pretrain", words, min(study.n, FEW))
-
-
-def teacher(study: Study) -> Content:
-    """What there was before: Heun's sampler with 18 steps, and one step of it, un-tuned."""
-    network, steps = study.teacher(), 2 if study.tiny else 18
-    return {
-        "scores": study.scores_of(network, "sampler.kind=heun", f"sampler.steps={steps}"),
-        "untuned": study.scores_of(network),
-    }
-
-
-def fine_tuned(study: Study, stage: str) -> Content:
-    """A fine-tune of the teacher on engine=fast, measured at its snapshots and at its end."""
-    words = ["experiment=cifar10_narrow_d2o_f", *FINE_TUNES[stage], f"init.path={study.teacher()}"]
-    words += [study.backbone, "engine=fast", "precision=bf16"]
-    words += [f"total_images={IMAGES['fine-tune']}", "snapshot=100k"]
-    if study.tiny:
-        words += ["engine=plain", "batch=2", "total_images=4", "snapshot=2", "tick=2"]
-    found = _trained(study, stage, "train", words, study.n)
-    return found | {"scores": study.scores_of(study.folder / EMA)}
-
-
-def _trained(study: Study, stage: str, command: str, words: list[str], images: int) -> Content:
-    """Trains, or goes on training, measured by so many `images`; brings the averaged network in
-    bfloat16, grids and the log."""
-    run_dir = study.run_dir(stage)
-    settings = [*study.common, f"data.path={study.train}", f"run_dir={run_dir}"]
-    run(command, [*words, *settings, *study.snapshots(images)])
-    latest = latest_checkpoint(run_dir / "checkpoints")
-    assert latest is not None
-    network, file = saved_network(str(latest), torch.device("cpu"))
-    write_rounded(load_network_file(file), network, study.folder / EMA, "bf16")
-    shutil.copy(run_dir / "stats.jsonl", study.folder)
-    shutil.copytree(run_dir / "samples", study.folder / "samples", dirs_exist_ok=True)
-    return curve(study.folder / "stats.jsonl")
 
 
 def curve(log: Path) -> Content:
@@ -241,32 +206,3 @@ def curve(log: Path) -> Content:
         "metric": metrics[0][0].removeprefix("Metric/") if metrics else None,
         "img_per_sec": {"median": median(speeds), "n": len(speeds)},
     }
-
-
-def merged(found: dict[str, Content]) -> Content:
-    first = next(iter(found.values()))
-    keys = ("scores", "untuned", "curve", "metric", "img_per_sec")
-    stages = {name: {k: each[k] for k in keys if k in each} for name, each in found.items()}
-    return {key: first[key] for key in header()} | {"images": IMAGES, "stages": stages}
-
-
-def main() -> int:
-    parser = case_parser(__doc__)
-    parser.add_argument("--stage", required=True, choices=list(SECONDS))
-    parser.add_argument("--folder", type=Path, required=True, help="for what the stage makes")
-    options = parser.parse_args()
-    study = Study(options.folder, options.tiny)
-    stages = {"real": real, "pretrain": pretrained, "teacher": teacher}
-    stage = stages.get(options.stage) or (lambda study: fine_tuned(study, options.stage))
-    # The command that runs gets the signal as well, and saves: wait for it.
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
-    try:
-        content = stage(study)
-    except Preempted:
-        return AGAIN
-    write_json(options.out, header() | content)
-    return 0
-
-
-if __name__ == "__main__":
-    run_command(main)
