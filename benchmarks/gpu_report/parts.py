@@ -71,7 +71,7 @@ def plan() -> list[Case]:
     first = ("kernels/norm_silu-ImageNet", "kernels/frozen_block-ImageNet")
     return [
         Case("environment/machine", 5, environment),
-        *(Case(f"parity/{op}", 80, parity, beside=True) for op in OPS),
+        *(Case(f"parity/{file}", 70, parity, beside=True) for file in ("every_op", *OPS)),
         Case("rates/chip", 15, chip),
         Case("steps/cifar10_uncond_d2o_f", 140, steps, resumes=True),
         *(case for case in kernels if case.name in first),
@@ -137,8 +137,8 @@ def _output(*command: str) -> str | None:
 
 
 def parity(place: Place) -> Content:
-    """An op's tests of tests/kernels on this device (tiny: some of them): how many passed, failed
-    and were skipped, and where and why each failure. UserError: nothing was run."""
+    """A file of tests/kernels on this device (tiny: some of it): how many tests passed, failed and
+    were skipped, and where and why each failure. UserError: nothing was run."""
     with tempfile.TemporaryDirectory() as folder:
         report, some = Path(folder, "junit.xml"), ("-k", "opcheck") if place.tiny else ()
         status = _pytest(
