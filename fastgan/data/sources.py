@@ -188,7 +188,9 @@ class ZipSource(ImageSource):
     def read(self, name: str, limit: int = MAX_ENTRY_BYTES) -> bytes:
         archive = self._zip()
         try:
-            size = archive.getinfo(name).file_size
+            info = archive.getinfo(name)
+            # What zipfile reads at once, however few bytes there are, is the packed size.
+            size = max(info.file_size, info.compress_size)
             if size <= limit:
                 return archive.read(name)
         except Exception as error:  # zipfile and zlib raise nearly anything on broken bytes
