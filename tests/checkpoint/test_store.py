@@ -136,7 +136,7 @@ def test_a_power_cut_before_the_pointer_moves_is_harmless(
     assert names(tmp_path) == ["4", "8", "latest"]
 
 
-@pytest.mark.parametrize("text", ["", "../0000000004", "9", "/", "\xff\xfe", "0000000004 x"])
+@pytest.mark.parametrize("text", ["", "../0000000004", "9", "\xff\xfe"])
 def test_a_pointer_to_nowhere(tmp_path: Path, text: str) -> None:
     save(tmp_path, 4)
     (tmp_path / "latest").write_bytes(text.encode("latin1"))
@@ -144,43 +144,40 @@ def test_a_pointer_to_nowhere(tmp_path: Path, text: str) -> None:
         latest_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("file", ["ema.safetensors", "training.safetensors", "meta.json"])
-@pytest.mark.parametrize("damage", ["truncated", "missing", "junk"])
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("ema.safetensors", "truncated"),
+        ("training.safetensors", "truncated"),
+        ("training.safetensors", "missing"),
+        ("meta.json", "truncated"),
+        ("meta.json", "missing"),
+        ("meta.json", "[1, 2]"),
+        ("meta.json", "[" * 100_000),
+        ("meta.json", '{"nimg": 1e999, "iteration": 0, "metrics": {}, "sha256": {}}'),
+    ],
+)
 def test_damage_is_told_in_one_line(tmp_path: Path, file: str, damage: str) -> None:
     path = save(tmp_path, 4)
     content = (path / file).read_bytes()
-    if damage == "missing":
-        (path / file).unlink()
-    else:
-        (path / file).write_bytes(content[:-9] if damage == "truncated" else b"[1, 2]")
-    with pytest.raises(UserError) as caught:
+    (path / file).unlink()
+    if damage != "missing":
+        (path / file).write_bytes(content[:-9] if damage == "truncated" else damage.encode())
+    with pytest.raises(UserError, match="damaged checkpoint") as caught:
         load_checkpoint(path)
     assert "\n" not in str(caught.value) and "0000000004" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "facts", [{}, {"nimg": "x"}, [], {"metrics": 3}, {"sha256": {}}, {"sha256": "0"}]
-)
-def test_wrong_facts(tmp_path: Path, facts: object) -> None:
-    path = save(tmp_path, 4)
-    right = json.loads((path / "meta.json").read_text())
-    (path / "meta.json").write_text(json.dumps({**right, **facts} if facts else facts))
-    with pytest.raises(UserError, match="damaged checkpoint"):
-        load_checkpoint(path)
-    # A neighbour whose facts are damaged does not stop the next checkpoint.
+    # A neighbour that is damaged does not stop the next checkpoint.
     save(tmp_path, 8)
 
 
-@pytest.mark.parametrize(
-    "content",
-    ["[" * 100_000, '{"nimg": 1e999, "iteration": 0, "metrics": {}, "sha256": {}}', "[]", '"x"'],
-)
-def test_strange_facts_are_a_damaged_checkpoint(tmp_path: Path, content: str) -> None:
-    path = save(tmp_path, 40)
-    (path / "meta.json").write_text(content)
+@pytest.mark.parametrize("facts", [{"nimg": "x"}, {"metrics": 3}, {"sha256": {}}, {"sha256": "0"}])
+def test_wrong_facts(tmp_path: Path, facts: dict[str, object]) -> None:
+    path = save(tmp_path, 4)
+    right = json.loads((path / "meta.json").read_text())
+    (path / "meta.json").write_text(json.dumps(right | facts))
     with pytest.raises(UserError, match="damaged checkpoint"):
         load_checkpoint(path)
-    save(tmp_path, 80)
+    save(tmp_path, 8)
 
 
 def test_a_pipe_keeps_nobody_waiting(tmp_path: Path) -> None:

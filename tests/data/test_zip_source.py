@@ -1,13 +1,13 @@
-"""Zips: the format itself, hostile archives, damaged bytes, processes."""
+"""Zips: the format itself, what is refused, processes; damaged bytes: tests/hostile."""
 
 import io
 import json
 import os
 import pickle
 import struct
-import time
 import tracemalloc
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -80,27 +80,26 @@ def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
     assert "no label for '00000/img00000005.png'," in labels_missing
 
 
-@pytest.mark.parametrize("name", ["../a.png", "/a.png", "x/../../a.png", "C:/a.png", "x\\a.png"])
-def test_paths_that_leave_the_archive(tmp_path: Path, name: str) -> None:
-    message = refusal(zip_of(tmp_path / "x.zip", "ok.png", name))
-    assert "path leaves the archive, entry " in message and repr(name) in message
-
-
-def test_duplicate_names(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="Duplicate name"):
-        path = zip_of(tmp_path / "x.zip", "a.png", "b.png", "a.png")
-    assert "duplicate name, entry 'a.png'" in refusal(path)
-
-
-def test_encrypted(tmp_path: Path) -> None:
-    path = small_zip(tmp_path / "x.zip")
-    set_in_headers(path, 6, 8, 1)
-    assert "encrypted, entry '00000/img00000000.png'" in refusal(path)
-
-
-def test_other_compression(tmp_path: Path) -> None:
-    path = small_zip(tmp_path / "x.zip", zipfile.ZIP_BZIP2)
-    assert "compression method 12, entry '00000/img00000000.png'" in refusal(path)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda p: zip_of(p, "a.png", "../b.png"), "path leaves the archive, entry '../b.png'"),
+        (lambda p: zip_of(p, "a.png", "x\\b.png"), "path leaves the archive, entry 'x\\\\b.png'"),
+        (lambda p: zip_of(p, "a.png", "b.png", "a.png"), "duplicate name, entry 'a.png'"),
+        (lambda p: set_in_headers(small_zip(p), 6, 8, 1), "encrypted, entry '00000/img00000000"),
+        (lambda p: small_zip(p, zipfile.ZIP_BZIP2), "compression method 12, entry '00000/img0000"),
+        (lambda p: zip_of(p, "set/a.png", "set/dataset.json"), "labels in 'set/dataset.json'"),
+        (lambda p: zip_of(p, "a.txt"), "no images, zip"),
+        (lambda p: p.write_text("this is no zip"), "unreadable zip"),
+        (lambda p: p.write_bytes(b""), "unreadable zip"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_what_is_refused_on_opening(
+    tmp_path: Path, change: Callable[[Path], object], said: str
+) -> None:
+    change(tmp_path / "x.zip")
+    assert said in refusal(tmp_path / "x.zip")
 
 
 def test_a_deflate_bomb_costs_no_memory(tmp_path: Path) -> None:
@@ -117,19 +116,6 @@ def test_a_deflate_bomb_costs_no_memory(tmp_path: Path) -> None:
     assert peak < 4_000_000
 
 
-def test_an_oversized_index_is_not_parsed(tmp_path: Path) -> None:
-    path = tmp_path / "x.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a.png", png(0))
-        archive.writestr("dataset.json", '{"labels": null}' + " " * 3_000_000)
-    assert "3000016 bytes, entry 'dataset.json'" in refusal(path)
-
-
-def test_an_index_in_a_folder_is_not_overlooked(tmp_path: Path) -> None:
-    path = zip_of(tmp_path / "x.zip", "set/a.png", "set/dataset.json")
-    assert "labels in 'set/dataset.json'" in refusal(path)
-
-
 def test_what_is_no_image_is_ignored(tmp_path: Path) -> None:
     names = ["a.png", "b.txt", "__MACOSX/._a.png", ".hidden/c.png", "folder.png/d.bmp"]
     path = zip_of(tmp_path / "x.zip", *names)
@@ -138,49 +124,10 @@ def test_what_is_no_image_is_ignored(tmp_path: Path) -> None:
     assert len(open_dataset(path)) == 2
 
 
-def test_no_images_and_no_zip(tmp_path: Path) -> None:
-    assert "no images, zip" in refusal(zip_of(tmp_path / "x.zip", "a.txt"))
-    (tmp_path / "y.zip").write_text("this is no zip")
-    assert "unreadable zip" in refusal(tmp_path / "y.zip")
-    (tmp_path / "z.zip").write_bytes(b"")
-    assert "unreadable zip" in refusal(tmp_path / "z.zip")
-
-
-def damaged(data: bytes) -> list[bytes]:
-    """Every kind of small damage: 300 flipped bits, 60 truncations, 40 overwritten stretches."""
-    rng = np.random.default_rng(11)
-    cases = []
-    for bit in rng.integers(0, 8 * len(data), 300):
-        case = bytearray(data)
-        case[bit // 8] ^= 1 << (bit % 8)
-        cases.append(bytes(case))
-    cases += [data[:length] for length in rng.integers(0, len(data), 60)]
-    for start in rng.integers(0, len(data) - 4, 40):
-        cases.append(data[:start] + b"\xff\xff\xff\xff" + data[start + 4 :])
-    return cases
-
-
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_damage_is_refused_or_harmless(tmp_path: Path, method: int) -> None:
-    path = small_zip(tmp_path / "x.zip", method)
-    sound, refused, started = PIXELS.transpose(0, 3, 1, 2), 0, time.monotonic()
-    for case in damaged(path.read_bytes()):
-        path.write_bytes(case)
-        try:
-            dataset = open_dataset(path)
-            images = dataset.images(np.arange(len(dataset)))
-            dataset.provenance()
-        except UserError:
-            refused += 1
-            continue
-        # Checksums cover the content: what is read without complaint is what was written.
-        assert all(any(np.array_equal(image, other) for other in sound) for image in images)
-    assert refused > 250
-    assert time.monotonic() - started < 20
-
-
 def test_a_zip_that_is_replaced_by_another_is_noticed(tmp_path: Path) -> None:
     dataset = pickle.loads(pickle.dumps(open_dataset(small_zip(tmp_path / "x.zip"))))  # noqa: TID251
+    assert np.array_equal(dataset.images(np.arange(5)), PIXELS.transpose(0, 3, 1, 2))
+    dataset = pickle.loads(pickle.dumps(dataset))  # noqa: TID251
     zip_of(tmp_path / "x.zip", "other.png")
     with pytest.raises(UserError, match="corrupt entry"):
         dataset.images(np.array([0]))
@@ -196,7 +143,7 @@ def test_a_forked_process_reads_through_its_own_handle(tmp_path: Path) -> None:
     dataset = open_dataset(tmp_path / "x.zip")
 
     def all_equal() -> bool:
-        read = (dataset.images(np.arange(4)) for _ in range(150))
+        read = (dataset.images(np.arange(4)) for _ in range(60))
         return all(np.array_equal(images[:, 0], pixels) for images in read)
 
     child = os.fork()
@@ -208,9 +155,3 @@ def test_a_forked_process_reads_through_its_own_handle(tmp_path: Path) -> None:
             os._exit(status)
     parent_sound = all_equal()
     assert os.waitpid(child, 0)[1] == 0 and parent_sound
-
-
-def test_a_pickled_dataset_reads_again(tmp_path: Path) -> None:
-    dataset = open_dataset(small_zip(tmp_path / "x.zip"))
-    copy = pickle.loads(pickle.dumps(dataset))  # noqa: TID251
-    assert np.array_equal(copy.images(np.arange(5)), PIXELS.transpose(0, 3, 1, 2))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sklearn.decomposition import PCA
 
 from fastgan.common.errors import UserError
@@ -80,8 +80,6 @@ def test_resnet56_features_feed_the_classifier(resnet_file: Path) -> None:
 
 
 def test_resnet56_refuses_what_does_not_fit(resnet_file: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     state = load_file(resnet_file)
     changes = [
         {"layer3.8.conv2.weight": torch.zeros(64, 64, 1, 1)},
@@ -109,7 +107,6 @@ def test_resnet56_refuses_what_does_not_fit(resnet_file: Path, tmp_path: Path) -
         ("pca:4", "no images to fit to"),
         ("inception", "no Inception weights given.*download https://"),
         ("resnet56", "no weights given"),
-        ("timm:no_such_model", "no timm model 'no_such_model'"),
     ],
 )
 def test_unusable_specifications(spec: str, message: str) -> None:
@@ -164,6 +161,8 @@ def test_timm_model_with_local_weights(tmp_path: Path) -> None:
     assert extractor.provenance()["weights_sha256"] == file_sha256(path)
     with pytest.raises(UserError, match="could not be loaded"):
         load_extractor("timm:mobilenetv3_small_075", device="cpu", weights=path)
+    with pytest.raises(UserError, match="no timm model 'no_such_model'"):
+        load_extractor("timm:no_such_model", device="cpu")
 
 
 def test_timm_weights_are_not_unpickled(tmp_path: Path) -> None:
