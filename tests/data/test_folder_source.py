@@ -10,6 +10,7 @@ from PIL import Image
 
 from fastgan.common.errors import UserError
 from fastgan.data import open_dataset
+from tests.data.pictures import refusal
 
 PIXELS = np.random.default_rng(5).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
 
@@ -19,12 +20,6 @@ def put(root: Path, *names: str) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(PIXELS[index]).save(root / name, "PNG")
     return root
-
-
-def refusal(path: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        open_dataset(path)
-    return str(caught.value)
 
 
 def test_edm_layout(tmp_path: Path) -> None:

@@ -1,52 +1,27 @@
 """Datasets as training sees them: pixels, labels, subsets, and what is said of unfit images."""
 
-import io
 import json
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from fastgan.common.errors import UserError
 from fastgan.data import open_dataset
 from fastgan.data.labels import has_class_folders
+from tests.data.pictures import encoded, refusal, write_zip
 
 RNG = np.random.default_rng(7)
 COLOUR = RNG.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
-
-
-def encoded(pixels: np.ndarray, mode: str | None = None, kind: str = "PNG") -> bytes:
-    image = Image.fromarray(pixels)
-    file = io.BytesIO()
-    (image if mode is None else image.convert(mode)).save(file, kind)
-    return file.getvalue()
-
-
-def write_zip(path: Path, entries: dict[str, bytes], labels: Any = None) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in entries.items():
-            archive.writestr(name, data)
-        if labels is not None:
-            archive.writestr("dataset.json", json.dumps({"labels": labels}))
-    return path
 
 
 def colour_zip(tmp_path: Path, labels: Any = None) -> Path:
     # Written backwards: the order of a dataset is that of its sorted names.
     entries = {f"00000/{i}.png": encoded(COLOUR[i]) for i in reversed(range(6))}
     return write_zip(tmp_path / "colour.zip", entries, labels)
-
-
-def refusal(path: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        open_dataset(path)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_pixels_come_back_in_the_order_of_sorted_names(tmp_path: Path) -> None:

@@ -73,20 +73,6 @@ def test_as_many_as_there_are_workers_are_made_ahead(workers: int) -> None:
     ahead.close()
 
 
-def test_they_are_made_at_the_same_time() -> None:
-    """Three threads are inside `work` at once, while the caller has what it asked for."""
-    meeting = threading.Barrier(3, timeout=20)
-
-    def work(k: int) -> int:
-        return k if k == 0 else meeting.wait() * 0 + k
-
-    ahead = Ahead(work, 3)
-    assert ahead(0) == 0
-    assert ahead(1) == 1
-    meeting.abort()
-    ahead.close()
-
-
 def test_the_end() -> None:
     work = Work()
     ahead = Ahead(work, 4, end=6)

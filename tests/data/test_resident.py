@@ -1,17 +1,13 @@
 """A batch is the same wherever the images lie; what `auto` chooses, and what is refused."""
 
 import hashlib
-import io
-import json
 import re
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fastgan import config as cfg
 from fastgan.common.distributed import World
@@ -22,6 +18,7 @@ from fastgan.data import open_dataset
 from fastgan.data.dataset import subset_indices
 from fastgan.launch import build, checks, run_dir
 from tests.command_line import CommandLine, network_file
+from tests.data.pictures import encoded, write_zip
 
 CPU = torch.device("cpu")
 N, BATCH, SEED = 10, 4, 7
@@ -35,17 +32,13 @@ WAYS = {"resident": (True, 4), "in turn": (False, 0), "one": (False, 1), "thread
 
 def image_zip(path: Path, labels: list | None, broken: int | None = None) -> Path:
     """Ten noisy images; of image `broken` a bit of the compressed pixels is wrong."""
-    names = [f"00000/img{i:08d}.png" for i in range(N)]
-    with zipfile.ZipFile(path, "w") as archive:
-        for index, name in enumerate(names):
-            file = io.BytesIO()
-            Image.fromarray(PIXELS[index]).save(file, "PNG")
-            data = bytearray(file.getvalue())
-            data[data.index(b"IDAT") + 40] ^= index == broken
-            archive.writestr(name, bytes(data))
-        table = None if labels is None else [list(x) for x in zip(names, labels, strict=True)]
-        archive.writestr("dataset.json", json.dumps({"labels": table}))
-    return path
+    entries = {}
+    for index in range(N):
+        data = bytearray(encoded(PIXELS[index]))
+        data[data.index(b"IDAT") + 40] ^= index == broken
+        entries[f"00000/img{index:08d}.png"] = bytes(data)
+    table = labels and [list(pair) for pair in zip(entries, labels, strict=True)]
+    return write_zip(path, entries, table)
 
 
 def batches(

@@ -1,7 +1,5 @@
 """Zips: the format itself, what is refused, processes; damaged bytes: tests/hostile."""
 
-import io
-import json
 import os
 import pickle
 import struct
@@ -16,24 +14,15 @@ from PIL import Image
 
 from fastgan.common.errors import UserError
 from fastgan.data import open_dataset
+from tests.data.pictures import encoded, refusal, write_zip
 
 PIXELS = np.random.default_rng(3).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
 
 
-def png(index: int) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(PIXELS[index]).save(file, "PNG")
-    return file.getvalue()
-
-
 def small_zip(path: Path, method: int = zipfile.ZIP_STORED) -> Path:
-    with zipfile.ZipFile(path, "w", method) as archive:
-        names = [f"00000/img{i:08d}.png" for i in range(5)]
-        for i, name in enumerate(names):
-            archive.writestr(name, png(i))
-        index = {"labels": [[name, i % 2] for i, name in enumerate(names)]}
-        archive.writestr("dataset.json", json.dumps(index))
-    return path
+    names = [f"00000/img{i:08d}.png" for i in range(5)]
+    entries = {name: encoded(PIXELS[i]) for i, name in enumerate(names)}
+    return write_zip(path, entries, [[name, i % 2] for i, name in enumerate(names)], method)
 
 
 def zip_of(path: Path, *names: str) -> Path:
@@ -41,14 +30,8 @@ def zip_of(path: Path, *names: str) -> Path:
         for name in names:
             info = zipfile.ZipInfo("x")
             info.filename = name
-            archive.writestr(info, png(0))
+            archive.writestr(info, encoded(PIXELS[0]))
     return path
-
-
-def refusal(path: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        open_dataset(path)
-    return str(caught.value)
 
 
 def set_in_headers(path: Path, local: int, central: int, value: int) -> None:
@@ -74,7 +57,7 @@ def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
     deflated = small_zip(tmp_path / "b.zip", zipfile.ZIP_DEFLATED)
     assert open_dataset(deflated).provenance()["fingerprint"] == stored
     with zipfile.ZipFile(deflated, "a") as archive:
-        archive.writestr("00000/img00000005.png", png(0))
+        archive.writestr("00000/img00000005.png", encoded(PIXELS[0]))
         archive.writestr("README.txt", "ignored")
     labels_missing = refusal(deflated)
     assert "no label for '00000/img00000005.png'," in labels_missing
@@ -105,8 +88,8 @@ def test_what_is_refused_on_opening(
 def test_a_deflate_bomb_costs_no_memory(tmp_path: Path) -> None:
     path = tmp_path / "x.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a.png", png(0))
-        archive.writestr("b.png", png(1) + bytes(40_000_000))
+        archive.writestr("a.png", encoded(PIXELS[0]))
+        archive.writestr("b.png", encoded(PIXELS[1]) + bytes(40_000_000))
     assert path.stat().st_size < 100_000
     tracemalloc.start()
     message = refusal(path)

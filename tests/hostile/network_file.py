@@ -27,37 +27,29 @@ METADATA = {
 }  # fmt: skip
 HUGE, NAN = 10**30, float("nan")
 OTHER_CONFIGS: dict[str, list[Any]] = {
-    "precond": [None, 1, "", "VPPrecond", [], {}, "D2OPrecond ", "__import__"],
-    "img_resolution": [0, -8, 7.5, "8", None, True, [8], 1 << 20, 1 << 40, HUGE, NAN],
-    "img_channels": [0, -1, "1", None, 1.0, 1 << 20, HUGE, True],
-    "label_dim": [-1, "3", None, 3.0, 1 << 40, [3], 4],
-    "model_type": [None, "UNet", "SongUNet", [], "fastgan.models.Precond", 3],
-    "model_channels": [0, -4, 1, 3, 4.0, "4", 1 << 20, HUGE],
-    "channel_mult": [[], 1, "1", None, [0], [-1], [1.5], ["1"], [1] * 100, [1] * 10_000, [HUGE],
-                     [[1]], {"1": 1}, [1, 1]],
-    "num_blocks": [0, -1, 2, 64, 65, 10**9, HUGE, "1", None, 1.0, [1], True],
-    "attn_resolutions": [None, 8, [8], ["8"], [0.5], [8] * 10_000, [HUGE], {"8": 1}, "8"],
-    "dropout": ["x", [], NAN], "sigma_min": ["0", None, NAN, -1, [0], 1e400, HUGE],
-    "sigma_max": ["0", NAN, -1, HUGE], "sigma_data": [0, "0.5", NAN, -1, 1e400, [0.5]],
-    "augment_dim": [-1, "9", 1.0, 1 << 40, 9], "channel_mult_emb": [0, -4, 1 << 40, "4", 3],
-    "resample_filter": [[], [0], [1e400], "11", [1] * 10_000, [0, 0], [NAN]],
-    "embedding_type": ["fourier", None, [], 3],
-    "self": [1], "in_channels": [1], "": [1], "__class__": [1], "x" * 5000: [1], "\x1b[31m": [1],
+    "precond": [None, 1, "", "VPPrecond", {}, "__import__"], "num_blocks": [0, -1, 2, 65, 10**9,
+    HUGE, "1", None, 1.0, [1], True], "img_resolution": [0, -8, 7.5, "8", None, 1 << 40, HUGE, NAN],
+    "img_channels": [0, "1", 1.0, 1 << 20, True], "label_dim": [-1, "3", 3.0, 1 << 40, 4],
+    "model_type": [None, "UNet", "SongUNet", [], 3], "model_channels": [0, -4, 1, 3, "4", 1 << 20],
+    "channel_mult": [[], 1, "1", [0], [1.5], ["1"], [1] * 10_000, [HUGE], [[1]], {"1": 1}, [1, 1]],
+    "attn_resolutions": [None, 8, [8], ["8"], [0.5], [8] * 10_000, {"8": 1}, "8"],
+    "dropout": ["x", NAN], "sigma_min": ["0", NAN, -1, 1e400, HUGE], "sigma_max": [NAN, -1],
+    "sigma_data": [0, "0.5", NAN, 1e400, [0.5]], "augment_dim": [-1, "9", 9],
+    "channel_mult_emb": [0, 1 << 40, 3], "resample_filter": [[], [0], "11", [0, 0], [NAN]],
+    "embedding_type": ["fourier", None, []],
+    "self": [1], "in_channels": [1], "": [1], "x" * 5000: [1], "\x1b[31m": [1],
 }  # fmt: skip
 TEXTS: dict[str, list[str]] = {
-    "format": ["", "fastgan", "FASTGAN-NETWORK", "pt", "x" * 100_000],
+    "format": ["", "fastgan", "FASTGAN-NETWORK", "x" * 100_000],
     "version": ["", "0", "2", "1.0", "01", "1 ", "9" * 5000, "\x1b[2J"],
-    "nimg": ["", "-1", "1.5", "1e3", "0x10", " 1", "9" * 19, "9" * 5000, "\u0661", "NaN"],
+    "nimg": ["", "-1", "1.5", "1e3", " 1", "9" * 19, "9" * 5000, "\u0661", "NaN"],
     "config": [
-        "", "{", "[]", "null", '"x"', "{}", "[" * 100_000, '{"a":' * 5000, "{} {}", "{'a': 1}",
-        '{"precond": ' + "9" * 5000 + "}", " " * 2_000_000 + "{}", '{"a": NaN}', "\0",
-        '{"model_type": "\\ud800"}', '{"precond": "\\u001b[31m"}', json.dumps(CONFIG)[:-1],
-        '{"channel_mult": ' + "[" * 900 + "]" * 900 + "}",
+        "", "[]", "{}", "[" * 100_000, '{"a":' * 5000, "{} {}", '{"precond": ' + "9" * 5000 + "}",
+        " " * 2_000_000 + "{}", '{"a": NaN}', "\0", '{"model_type": "\\ud800"}',
+        '{"precond": "\\u001b[31m"}', '{"channel_mult": ' + "[" * 900 + "]" * 900 + "}",
     ],
-    "provenance": [
-        "", "{", "[]", "null", "[" * 100_000, '{"a":' * 990 + "1" + "}" * 990, "{} {}", "9" * 5000,
-        " " * 2_000_000 + "{}",
-    ],
+    "provenance": ["", "[]", "[" * 100_000, '{"a":' * 990 + "1" + "}" * 990, "9" * 5000,
+                   " " * 2_000_000 + "{}"],
 }  # fmt: skip
 # May be read, and must then do no harm where they are written into another network file.
 PROVENANCES = [
@@ -65,14 +57,13 @@ PROVENANCES = [
     '{"base_model": [1]}', '{"license": {"a": 1}}', '{"a": 1, "a": 2}', '{"": NaN}', '{"base": 3}',
     '{"a": "\\u001b[2J"}', '{"a": "' + "x" * 1_000_000 + '"}',
 ]  # fmt: skip
-DTYPES = ["F64", "F16", "I32", "BOOL", "C64", "O", "", "f32", None, 3, "F4", "F8_E4M3"]
+DTYPES = ["F64", "I32", "BOOL", "C64", "O", "", "f32", None, 3, "F4"]
 SHAPES: list[Any] = [
-    None, 4, [], [-4], [4.0], ["4"], [2**63], [2**62, 4], [2**32, 2**32], [0], [0, 2**60],
-    [1] * 64, [4, 1], [[4]], [2**64], [5], [True],
+    None, 4, [], [-4], [4.0], ["4"], [2**62, 4], [0], [0, 2**60], [1] * 64, [4, 1], [2**64], [5],
 ]  # fmt: skip
 OFFSETS: list[Any] = [
-    None, 0, [], [0], [0, 16, 32], [16, 0], [-1, 15], [1, 17], [0, 2**63], [2**64, 1], [8, 24],
-    [2**63, 2**63 + 16], [0, 10**30], ["0", "16"], [0.0, 16.0], [0, 15],
+    None, [], [0, 16, 32], [16, 0], [-1, 15], [1, 17], [0, 2**63], [2**64, 1], ["0", "16"],
+    [0.0, 16.0], [8, 24], [0, 15],
 ]  # fmt: skip
 ENTRY = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
 ENTRIES: list[Any] = [None, 3, [], {}, {"dtype": "F32"}]
