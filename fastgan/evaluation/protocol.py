@@ -21,7 +21,7 @@ from tqdm import tqdm
 from fastgan.common import distributed
 from fastgan.common.errors import UserError
 from fastgan.common.files import file_sha256
-from fastgan.data import ImageDataset
+from fastgan.data.dataset import ImageDataset, subset_indices
 from fastgan.evaluation.features import FeatureExtractor, Where
 from fastgan.evaluation.frechet import (
     FeatureStatistics,
@@ -52,9 +52,9 @@ def dataset_statistics(
     """
     assert max_images is None or indices is None, "max_images and indices exclude each other"
     source: dict[str, Any] = {"dataset": dataset.provenance()}
-    chosen = np.arange(len(dataset)) if indices is None else np.asarray(indices, dtype=np.int64)
-    if max_images is not None and max_images < len(dataset):
-        chosen = np.sort(np.random.default_rng(0).permutation(len(dataset))[:max_images])
+    chosen = np.asarray(range(len(dataset)) if indices is None else indices, dtype=np.int64)
+    if max_images is not None:
+        chosen = subset_indices(len(dataset), max_images)
     if len(chosen) < len(dataset):
         source["indices"] = describe_integers(chosen.tolist())
     batches = (torch.as_tensor(dataset.images(own)) for own in _own_share(chosen, batch))

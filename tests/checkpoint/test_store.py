@@ -1,7 +1,11 @@
-"""Checkpoints of a run: whole or absent, newest and best kept, damage told in one line."""
+"""Checkpoints of a run: whole or absent, newest and best kept, damage told in one line.
+
+And saving beside the training: what is written, when it is waited for, how failures come back.
+"""
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from fastgan.checkpoint import store
 from fastgan.checkpoint.network_file import load_network_file, network_from_file
 from fastgan.checkpoint.store import (
     Checkpoint,
+    CheckpointWriter,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -194,3 +199,84 @@ def test_leftovers_of_killed_saves_go_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / ".latest.abcd.part").touch()
     save(tmp_path, 40)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".snapshot", "0000000040", "latest"]
+
+
+def checkpoint(nimg: int, value: torch.Tensor) -> Checkpoint:
+    return Checkpoint(dict(TINY), AVERAGE, {"generator/w": value}, nimg, nimg // 4, {}, {})
+
+
+def saved(folder: Path) -> list[int]:
+    return sorted(int(p.name) for p in folder.iterdir() if p.is_dir())
+
+
+class Held:
+    """save_checkpoint, which waits until it may, and tells that it began."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.may = threading.Semaphore(0), threading.Semaphore(0)
+        self._save = store.save_checkpoint
+        monkeypatch.setattr(store, "save_checkpoint", self)
+
+    def __call__(self, *given: object, **named: object) -> Path:
+        self.begun.release()
+        assert self.may.acquire(timeout=30)
+        return self._save(*given, **named)  # type: ignore[arg-type]
+
+
+def test_values_are_those_of_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, value = Held(monkeypatch), torch.ones(3)
+    with CheckpointWriter(tmp_path, keep=2, main=True) as writer:
+        writer.save(checkpoint(4, value))
+        assert held.begun.acquire(timeout=30)
+        value.zero_()
+        assert not (tmp_path / "latest").exists()
+        held.may.release()
+    assert load_checkpoint(tmp_path / "0000000004").training["generator/w"].tolist() == [1.0] * 3
+
+
+def test_one_at_a_time_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(monkeypatch)
+    with CheckpointWriter(tmp_path, keep=5, main=True) as writer:
+        writer.save(checkpoint(4, torch.ones(3)))
+        second = threading.Thread(target=writer.save, args=(checkpoint(8, torch.ones(3)),))
+        second.start()
+        assert held.begun.acquire(timeout=30)
+        assert not held.begun.acquire(timeout=0.2) and second.is_alive()
+        held.may.release(2)
+        second.join(timeout=30)
+    assert saved(tmp_path) == [4, 8]
+
+
+@pytest.mark.parametrize("how", ["check", "save", "finish", "leave"])
+def test_a_failure_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    def full(*given: object, **named: object) -> Path:
+        raise UserError("no space left")
+
+    monkeypatch.setattr(store, "save_checkpoint", full)
+    with (
+        pytest.raises(UserError, match="no space left"),
+        CheckpointWriter(tmp_path, keep=2, main=True) as writer,
+    ):
+        writer.save(checkpoint(4, torch.ones(3)))
+        writer._thread.submit(lambda: None).result()
+        if how == "save":
+            writer.save(checkpoint(8, torch.ones(3)))
+        elif how != "leave":
+            getattr(writer, how)()
+        assert how == "leave"
+
+
+def test_what_ends_the_block_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(monkeypatch)
+    held.may.release()
+    with pytest.raises(ZeroDivisionError), CheckpointWriter(tmp_path, keep=2, main=True) as writer:
+        writer.save(checkpoint(4, torch.ones(3)))
+        raise ZeroDivisionError
+    # And what had begun is written.
+    assert load_checkpoint(tmp_path / "0000000004").nimg == 4
+
+
+def test_other_processes_write_nothing(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path, keep=2, main=False) as writer:
+        writer.save(checkpoint(4, torch.ones(3)))
+    assert list(tmp_path.iterdir()) == []
