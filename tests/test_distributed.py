@@ -1,46 +1,22 @@
 """One process, two processes, and environments that contradict themselves."""
 
-import json
-import os
 import socket
-import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fastgan.common import distributed
 from fastgan.common.errors import UserError
 from fastgan.evaluation.protocol import generator_statistics
+from tests.processes import two_processes
 
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_WORKER = """
-import json, sys, time, torch
-from pathlib import Path
-from fastgan import distributed
-from fastgan.evaluation.protocol import generator_statistics
-sys.path.insert(0, sys.argv[1])
-from test_distributed import First, sample
-
-world = distributed.init("cpu", timeout_seconds=30)
-total = distributed.all_reduce_sum(torch.tensor([world.rank + 1.0]))
-told = distributed.broadcast_object({"from": world.rank})
-statistics = generator_statistics(sample, range(21), First(), 4)
-marker = Path(sys.argv[2], "first was here")
-with distributed.main_first():
-    assert marker.exists() != distributed.is_main()
-    time.sleep(0.5)
-    marker.touch()
-if distributed.is_main():
-    print(json.dumps({
-        "total": total.item(), "told": told, "size": world.size, "n": statistics.n,
-        "mean": statistics.mean.tolist(), "covariance": statistics.covariance.tolist(),
-        "seeds": statistics.source["seeds"],
-    }))
-distributed.shutdown()
-"""
+_WORKER = "from tests.test_distributed import worker; worker()"
 
 
 class First:
@@ -90,28 +66,32 @@ def test_torchrun_with_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.distributed.is_initialized()
 
 
+def worker() -> None:
+    """One start of a process group serves every check of it."""
+    folder = Path(sys.argv[1])
+    world = distributed.init("cpu", timeout_seconds=30)
+    assert world.size == 2 and distributed.is_main() == (world.rank == 0)
+    assert distributed.all_reduce_sum(torch.tensor([world.rank + 1.0])).item() == 3.0
+    assert distributed.broadcast_object({"from": world.rank}) == {"from": 0}
+    shared = torch.tensor([1.0, float("nan")], dtype=torch.float64)
+    assert distributed.same_everywhere(shared)
+    assert not distributed.same_everywhere(shared[:1] + world.rank)
+    with distributed.main_first():
+        assert (folder / "first was here").exists() != distributed.is_main()
+        time.sleep(0.3)
+        (folder / "first was here").touch()
+    two = generator_statistics(sample, range(21), First(), 4)
+    one = load_file(folder / "one")
+    assert two.n == 21 and two.source["seeds"] == "0-20"
+    torch.testing.assert_close(two.mean, one["mean"])
+    torch.testing.assert_close(two.covariance, one["covariance"])
+    distributed.shutdown()
+
+
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", _WORKER, str(Path(__file__).parent), str(tmp_path)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}
-            | dict(zip(_VARIABLES, (str(r), str(r), "2", "localhost", port), strict=True)),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for r in range(2)
-    ]  # fmt: skip
-    (out, err), (silent, _) = [w.communicate(timeout=60) for w in workers]
-    assert [w.returncode for w in workers] == [0, 0], err
-    found = json.loads(out)
-    assert silent == "" and found["total"] == 3.0 and found["told"] == {"from": 0}
     one = generator_statistics(sample, range(21), First(), 21)
-    assert (found["n"], found["size"], found["seeds"]) == (21, 2, "0-20")
-    torch.testing.assert_close(torch.tensor(found["mean"], dtype=torch.float64), one.mean)
-    covariance = torch.tensor(found["covariance"], dtype=torch.float64)
-    torch.testing.assert_close(covariance, one.covariance)
+    save_file({"mean": one.mean, "covariance": one.covariance}, tmp_path / "one")
+    two_processes(_WORKER, str(tmp_path), timeout=60)
 
 
 @pytest.mark.parametrize(

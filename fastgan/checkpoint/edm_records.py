@@ -1,7 +1,8 @@
-"""What the records of an EDM pickle mean: modules, tensors, numbers.
+"""What the records of an EDM pickle mean: modules, tensors, numbers, constructor arguments.
 
 Works on the inert values of fastgan.checkpoint.inert_pickle. Whatever does not have the expected
-form raises UserError with the name of the tensor, or TypeError / ValueError where there is none.
+form raises UserError with the name of the tensor or argument, or TypeError / ValueError where there
+is none.
 """
 
 import io
@@ -40,6 +41,36 @@ _STORAGE_TYPES = {
     "torch HalfStorage": torch.float16,
     "torch BFloat16Storage": torch.bfloat16,
 }
+# The order in which the published preconditioning classes take them.
+_POSITIONS = (
+    "img_resolution",
+    "img_channels",
+    "label_dim",
+    "use_fp16",
+    "sigma_min",
+    "sigma_max",
+    "sigma_data",
+    "model_type",
+)
+# Precision is the trainer's, and fine-tuning uses neither kind of dropout.
+_DROPPED = ("use_fp16", "dropout", "label_dropout")
+_INTEGERS = {
+    "img_resolution": (1, 4096),
+    "img_channels": (1, 64),
+    "label_dim": (0, 1_000_000),
+    "augment_dim": (0, 1024),
+    "model_channels": (1, 4096),
+    "channel_mult_emb": (1, 64),
+    "channel_mult_noise": (1, 64),
+    "num_blocks": (1, 64),
+}
+_LISTS = {"channel_mult": (1, 64), "attn_resolutions": (1, 4096), "resample_filter": (1, 1000)}
+_MAX_ITEMS = 16
+_MAX_ARGUMENTS = 64
+_MAX_SIGMA = 1e6
+_SIGMAS = ("sigma_min", "sigma_max", "sigma_data")
+_TEXTS = ("model_type", "embedding_type", "encoder_type", "decoder_type")
+_KNOWN = {*_INTEGERS, *_LISTS, *_SIGMAS, *_TEXTS}
 
 
 def module_content(record: object) -> tuple[str, dict[str, Any]]:
@@ -151,10 +182,9 @@ def _literals(file: io.BytesIO) -> list[Any]:
     instructions = list(islice(pickletools.genops(file), _MAX_STORAGE_INSTRUCTIONS))
     if instructions[-1][0].name != "STOP":
         raise ValueError(f"more than {_MAX_STORAGE_INSTRUCTIONS} instructions for a storage")
+    others = ("PROTO", "BINPUT", "LONG_BINPUT")
     return [
-        argument
-        for opcode, argument, _ in instructions
-        if argument is not None and opcode.name not in ("PROTO", "BINPUT", "LONG_BINPUT")
+        value for code, value, _ in instructions if value is not None and code.name not in others
     ]
 
 
@@ -168,8 +198,8 @@ def _arguments(record: object, name: str) -> tuple[Any, ...]:
 def _counts(values: object) -> Counts:
     """A tuple of non-negative integers, as sizes, strides and offsets are."""
     if not isinstance(values, tuple) or len(values) > _MAX_DIMENSIONS:
-        raise ValueError("sizes and strides that are no whole numbers")
-    if not all(type(v) is int and v >= 0 and v.bit_length() < 128 for v in values):
+        values = (None,)
+    if not all(_is_whole(v, 0, 1 << 127) for v in values):
         raise ValueError("sizes and strides that are no whole numbers")
     return values
 
@@ -216,38 +246,6 @@ def as_plain(value: object) -> object:
         raise TypeError(f"a numpy {code} where a number belongs")
     (number,) = np.frombuffer(as_bytes(data), dtype=order + code)
     return number.item()
-
-
-# The order in which the published preconditioning classes take them.
-_POSITIONS = (
-    "img_resolution",
-    "img_channels",
-    "label_dim",
-    "use_fp16",
-    "sigma_min",
-    "sigma_max",
-    "sigma_data",
-    "model_type",
-)
-# Precision is the trainer's, and fine-tuning uses neither kind of dropout.
-_DROPPED = ("use_fp16", "dropout", "label_dropout")
-_INTEGERS = {
-    "img_resolution": (1, 4096),
-    "img_channels": (1, 64),
-    "label_dim": (0, 1_000_000),
-    "augment_dim": (0, 1024),
-    "model_channels": (1, 4096),
-    "channel_mult_emb": (1, 64),
-    "channel_mult_noise": (1, 64),
-    "num_blocks": (1, 64),
-}
-_LISTS = {"channel_mult": (1, 64), "attn_resolutions": (1, 4096), "resample_filter": (1, 1000)}
-_MAX_ITEMS = 16
-_MAX_ARGUMENTS = 64
-_MAX_SIGMA = 1e6
-_SIGMAS = ("sigma_min", "sigma_max", "sigma_data")
-_TEXTS = ("model_type", "embedding_type", "encoder_type", "decoder_type")
-_KNOWN = {*_INTEGERS, *_LISTS, *_SIGMAS, *_TEXTS}
 
 
 def architecture(

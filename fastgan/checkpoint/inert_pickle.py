@@ -12,9 +12,26 @@ import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pickle import UnpicklingError
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 MAX_INSTRUCTIONS = 500_000  # EDM's ImageNet network takes about 50,000
+
+_LITERALS = frozenset(
+    {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"}
+    | {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
+    | {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
+)
+_CONSTANTS: dict[str, Callable[[], object]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+    "EMPTY_SET": set,
+}
+_IGNORED = frozenset({"PROTO", "FRAME", "STOP"})
+T = TypeVar("T")
 
 
 class RefusedGlobal(UnpicklingError):
@@ -72,104 +89,91 @@ class InertUnpickler:
                 raise UnpicklingError(f"more than {MAX_INSTRUCTIONS} instructions")
             if opcode.name in _LITERALS:
                 self.stack.append(argument)
-            elif opcode.name in _INSTRUCTIONS:
-                _INSTRUCTIONS[opcode.name](self, argument)
-            else:
-                raise UnpicklingError(f"instruction {opcode.name}, which no EDM pickle contains")
+            elif opcode.name in _CONSTANTS:
+                self.stack.append(_CONSTANTS[opcode.name]())
+            elif opcode.name not in _IGNORED:
+                self._do(opcode.name, argument)
         (value,) = self.stack
         return value
 
-    def pop_mark(self) -> list[object]:
+    def _do(self, instruction: str, argument: Any) -> None:
+        """What pickletools says of the instruction, without ever calling what the file names."""
+        match instruction:
+            case "MARK":
+                self.outer_stacks.append(self.stack)
+                self.stack = []
+            case "TUPLE":
+                whole = tuple(self._pop_mark())
+                self.stack.append(whole)
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                self.stack.append(tuple(self._pop(int(instruction[-1]))))
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = self.stack[-1]
+            case "BINPUT" | "LONG_BINPUT":
+                self.memo[argument] = self.stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                self.stack.append(self.memo[argument])
+            case "GLOBAL":  # `module name`, as the decoder gives the instruction's two lines
+                self._push_global(".".join(argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                self._push_global(".".join(str(_exact(part, str)) for part in self._pop(2)))
+            case "REDUCE" | "NEWOBJ":
+                self._construct(*self._pop(2))
+            case "BUILD":
+                (state,) = self._pop(1)
+                self._top(Record).state = state
+            case "APPEND":
+                (item,) = self._pop(1)
+                self._top(list).append(item)
+            case "APPENDS":
+                items = self._pop_mark()
+                self._top(list).extend(items)
+            case "SETITEM":
+                self._update(self._pop(2))
+            case "SETITEMS":
+                self._update(self._pop_mark())
+            case "ADDITEMS":
+                items = self._pop_mark()
+                self._top(set).update(_key(item) for item in items)
+            case _:
+                raise UnpicklingError(f"instruction {instruction}, which no EDM pickle contains")
+
+    def _pop_mark(self) -> list[object]:
         """The values above the topmost mark; the stack continues with what lay below it."""
         items, self.stack = self.stack, self.outer_stacks.pop()
         return items
 
-    def pop(self, count: int) -> list[object]:
+    def _pop(self, count: int) -> list[object]:
         if len(self.stack) < count:
             raise UnpicklingError("a value is missing on the stack")
         items = self.stack[-count:]
         del self.stack[-count:]
         return items
 
-    def mark(self, _: object) -> None:
-        self.outer_stacks.append(self.stack)
-        self.stack = []
+    def _top(self, kind: type[T]) -> T:
+        return _exact(self.stack[-1], kind)
 
-    def memoize(self, _: object) -> None:
-        self.memo[len(self.memo)] = self.stack[-1]
-
-    def put(self, index: int) -> None:
-        self.memo[index] = self.stack[-1]
-
-    def get(self, index: int) -> None:
-        self.stack.append(self.memo[index])
-
-    def name_global(self, joined: str) -> None:
-        """`module name`, as the decoder gives the older instruction's two lines."""
-        self.push_global(".".join(joined.split(" ", 1)))
-
-    def name_global_from_stack(self, _: object) -> None:
-        self.push_global(".".join(str(_exact(part, str)) for part in self.pop(2)))
-
-    def push_global(self, name: str) -> None:
+    def _push_global(self, name: str) -> None:
         if not self.allowed(name):
             root = [*self.outer_stacks, self.stack][1:2]
             keys = [key for items in root for key in items[::2] if isinstance(key, str)]
             raise RefusedGlobal(name, keys)
         self.stack.append(GlobalName(name))
 
-    def construct(self, _: object) -> None:
+    def _construct(self, callee: object, arguments: object) -> None:
         """A call or an instantiation, noted down."""
-        callee, arguments = self.pop(2)
-        if type(callee) is not GlobalName or type(arguments) is not tuple:
-            raise UnpicklingError("a call of something that is no global")
-        is_dict = callee.name in self.dicts and not arguments
-        self.stack.append({} if is_dict else Record(callee.name, arguments))
+        name, arguments = _exact(callee, GlobalName).name, _exact(arguments, tuple)
+        is_dict = name in self.dicts and not arguments
+        self.stack.append({} if is_dict else Record(name, arguments))
 
-    def set_state(self, _: object) -> None:
-        (state,), target = self.pop(1), self.stack[-1]
-        if type(target) is not Record:
-            raise UnpicklingError(f"a state for a {type(target).__name__}")
-        target.state = state
-
-    def tuple_from_mark(self, _: object) -> None:
-        items = tuple(self.pop_mark())
-        self.stack.append(items)
-
-    def append(self, _: object) -> None:
-        (item,) = self.pop(1)
-        self.extend([item])
-
-    def appends(self, _: object) -> None:
-        self.extend(self.pop_mark())
-
-    def extend(self, items: list[object]) -> None:
-        target = self.stack[-1]
-        if type(target) is not list:
-            raise UnpicklingError(f"list items for a {type(target).__name__}")
-        target.extend(items)
-
-    def set_item(self, _: object) -> None:
-        self.update(self.pop(2))
-
-    def set_items(self, _: object) -> None:
-        self.update(self.pop_mark())
-
-    def update(self, items: list[object]) -> None:
-        target = self.stack[-1]
-        if type(target) is not dict:
-            raise UnpicklingError(f"dict items for a {type(target).__name__}")
+    def _update(self, items: list[object]) -> None:
+        target = self._top(dict)
         for key, value in zip(items[::2], items[1::2], strict=True):
             target[_key(key)] = value
 
-    def add_items(self, _: object) -> None:
-        items, target = self.pop_mark(), self.stack[-1]
-        if type(target) is not set:
-            raise UnpicklingError(f"set items for a {type(target).__name__}")
-        target.update(_key(item) for item in items)
 
-
-def _exact(value: object, kind: type) -> object:
+def _exact(value: object, kind: type[T]) -> T:
+    """The value, whose type is `kind` and no other: nothing of a file's has methods of its own."""
     if type(value) is not kind:
         raise UnpicklingError(f"a {type(value).__name__} where a {kind.__name__} belongs")
     return value
@@ -180,50 +184,3 @@ def _key(value: object) -> object:
     if type(value) not in (str, int):
         raise UnpicklingError(f"a {type(value).__name__} as a key")
     return value
-
-
-def _push(make: Callable[[], object]) -> Callable[[InertUnpickler, object], None]:
-    return lambda machine, _: machine.stack.append(make())
-
-
-def _push_tuple(count: int) -> Callable[[InertUnpickler, object], None]:
-    return lambda machine, _: machine.stack.append(tuple(machine.pop(count)))
-
-
-_LITERALS = frozenset(
-    {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"}
-    | {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
-    | {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
-)
-_INSTRUCTIONS: dict[str, Callable[..., None]] = {
-    "PROTO": lambda machine, version: None,
-    "FRAME": lambda machine, size: None,
-    "STOP": lambda machine, _: None,
-    "NONE": _push(lambda: None),
-    "NEWTRUE": _push(lambda: True),
-    "NEWFALSE": _push(lambda: False),
-    "EMPTY_TUPLE": _push(tuple),
-    "EMPTY_LIST": _push(list),
-    "EMPTY_DICT": _push(dict),
-    "EMPTY_SET": _push(set),
-    "TUPLE1": _push_tuple(1),
-    "TUPLE2": _push_tuple(2),
-    "TUPLE3": _push_tuple(3),
-    "TUPLE": InertUnpickler.tuple_from_mark,
-    "MARK": InertUnpickler.mark,
-    "MEMOIZE": InertUnpickler.memoize,
-    "BINPUT": InertUnpickler.put,
-    "LONG_BINPUT": InertUnpickler.put,
-    "BINGET": InertUnpickler.get,
-    "LONG_BINGET": InertUnpickler.get,
-    "GLOBAL": InertUnpickler.name_global,
-    "STACK_GLOBAL": InertUnpickler.name_global_from_stack,
-    "REDUCE": InertUnpickler.construct,
-    "NEWOBJ": InertUnpickler.construct,
-    "BUILD": InertUnpickler.set_state,
-    "APPEND": InertUnpickler.append,
-    "APPENDS": InertUnpickler.appends,
-    "SETITEM": InertUnpickler.set_item,
-    "SETITEMS": InertUnpickler.set_items,
-    "ADDITEMS": InertUnpickler.add_items,
-}

@@ -1,5 +1,7 @@
 """Checkpoints of a run: written aside, renamed into place, `latest` moved last.
 
+All of it in a thread of its own, while the training goes on.
+
 `checkpoints/<nimg>/` holds `ema.safetensors` (the public network file that sampling and evaluation
 read), `training.safetensors` (trainable parameters, discriminator, optimisers) and `meta.json`.
 `checkpoints/latest` is a text file naming the folder to resume from.
@@ -215,8 +217,9 @@ class CheckpointWriter:
             average=_copied(checkpoint.average),
             training=_copied(checkpoint.training),
         )
-        arrived = torch.cuda.Event() if _on_gpu(checkpoint) else None
-        if arrived is not None:
+        arrived = None
+        if any(t.is_cuda for t in checkpoint.average.values()):
+            arrived = torch.cuda.Event()
             arrived.record()
         self._written = self._thread.submit(self._write, copied, arrived)
 
@@ -246,7 +249,3 @@ def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         name: torch.empty_like(t, device="cpu", pin_memory=t.is_cuda).copy_(t, non_blocking=True)
         for name, t in tensors.items()
     }
-
-
-def _on_gpu(checkpoint: Checkpoint) -> bool:
-    return any(t.is_cuda for t in checkpoint.average.values())

@@ -1,4 +1,4 @@
-"""Files we read and write: presence, identity (sha256), atomic replacement."""
+"""Files we read and write: presence, identity (sha256), atomic replacement, bounded JSON."""
 
 import hashlib
 import json
@@ -15,6 +15,7 @@ from fastgan.common.errors import UserError, shown
 
 # How names end of what is not whole yet; they begin with a dot.
 PART = ".part"
+MAX_LEVELS = 100
 
 
 def require_file(path: str | os.PathLike[str], purpose: str) -> Path:
@@ -97,9 +98,6 @@ def _umask() -> int:
     return mask
 
 
-MAX_LEVELS = 100
-
-
 def parse_object(text: str | bytes) -> dict[str, Any]:
     """The object that `text` holds; ValueError, whose text says why, for anything else.
 
@@ -112,20 +110,10 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
         raise ValueError(f"malformed JSON: {shown(error)}") from error
     if not isinstance(value, dict):
         raise ValueError("no JSON object")
-    if _levels(value) > MAX_LEVELS:
+    layer: list[Any] = [value]
+    for _ in range(MAX_LEVELS):
+        nested = [v for v in layer if isinstance(v, dict | list)]
+        layer = [child for v in nested for child in (v.values() if isinstance(v, dict) else v)]
+    if layer:
         raise ValueError(f"more than {MAX_LEVELS} levels of JSON")
     return value
-
-
-def _levels(value: object) -> int:
-    levels, layer = 0, [value]
-    while layer:
-        levels += 1
-        layer = [child for item in layer for child in _children(item)]
-    return levels
-
-
-def _children(value: object) -> list[Any]:
-    if isinstance(value, dict):
-        return list(value.values())
-    return value if isinstance(value, list) else []

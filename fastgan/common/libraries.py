@@ -1,4 +1,4 @@
-"""torchvision and timm, imported where they are needed and also on CPU builds of torch.
+"""Libraries that not everybody needs, imported where they are: torchvision, timm, matplotlib.
 
 PyPI's torchvision wheel is built against CUDA torch. Beside a CPU build its import stops at
 "operator torchvision::nms does not exist", since its compiled library does not load and the
@@ -19,51 +19,43 @@ from fastgan.common.errors import UserError
 _schemas: list[torch.library.Library] = []
 
 
+def import_optional(name: str, purpose: str, extra: str) -> Any:
+    """The module `name`. UserError: not installed, needed for `purpose`, comes with `extra`."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{error.name} is not installed, needed for {purpose}, "
+            f"install it with: pip install 'fastgan[{extra}]'"
+        ) from error
+
+
 def import_torchvision() -> ModuleType:
     """torchvision, with the missing operator schemas declared if its own library did not load."""
     try:
-        return _import("torchvision")
+        return _import_network_library("torchvision")
     except (RuntimeError, AttributeError):
-        _forget("torchvision")
+        # What is half imported goes, so that the next import starts afresh.
+        for name in [m for m in sys.modules if m.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
         library = torch.library.Library("torchvision", "FRAGMENT")
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _schemas.append(library)
-        return _import("torchvision")
+        return _import_network_library("torchvision")
 
 
 def import_timm() -> ModuleType:
     """timm, whose import needs torchvision's."""
     import_torchvision()
-    return _import("timm")
-
-
-def _import(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{name} is not installed, needed for pre-trained feature networks, "
-            "install it with: pip install 'fastgan[vision]'"
-        ) from error
-
-
-def _forget(package: str) -> None:
-    """Drops a half-imported package, so that the next import starts afresh."""
-    for name in [m for m in sys.modules if m == package or m.startswith(package + ".")]:
-        del sys.modules[name]
+    return _import_network_library("timm")
 
 
 def import_pyplot(purpose: str) -> Any:
     """pyplot without a window. UserError: not installed, needed for `purpose`."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"matplotlib is not installed, needed for {purpose}, "
-            "install it with: pip install 'fastgan[plot]'"
-        ) from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    import_optional("matplotlib", purpose, "plot").use("Agg")
+    return importlib.import_module("matplotlib.pyplot")
 
-    return pyplot
+
+def _import_network_library(name: str) -> ModuleType:
+    return import_optional(name, "pre-trained feature networks", "vision")

@@ -1,7 +1,8 @@
 """Stateless randomness: every draw is a function of (seed, purpose, iteration), never of history.
 
 Nothing about random numbers has to be saved to resume a run, and the images of a run do not depend
-on how many processes share a batch: each draws the whole batch's noise and keeps its slice.
+on how many processes share a batch: each draws the whole batch's noise, or walks through the same
+permutations of the dataset, and keeps its slice.
 """
 
 import hashlib
@@ -32,10 +33,16 @@ def global_stream(seed: int, *key: int | str, device: torch.device) -> Iterator[
         yield
 
 
-def _mixed(seed: int, key: tuple[int | str, ...]) -> int:
-    digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
-    # Philox takes 64 bits; 63 stay clear of manual_seed's signed limit.
-    return int.from_bytes(digest[:8], "little") >> 1
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Module constructors inside draw from `seed`; the CPU's global state is as before afterwards.
+
+    PyTorch's initialisers draw from the global CPU generator. Only that one is seeded and restored,
+    so construct on the CPU: torch.manual_seed would also reset every GPU's generator.
+    """
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -60,21 +67,6 @@ def seeded_latents(
     return torch.stack(z).double(), torch.stack(classes) if label_dim else None
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Module constructors inside draw from `seed`; the CPU's global state is as before afterwards.
-
-    PyTorch's initialisers draw from the global CPU generator. Only that one is seeded and restored,
-    so construct on the CPU: torch.manual_seed would also reset every GPU's generator.
-    """
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-
-
 def batch_indices(
     n: int, *, seed: int, iteration: int, batch: int, rank: int = 0, world_size: int = 1
 ) -> np.ndarray:
@@ -86,15 +78,20 @@ def batch_indices(
     assert batch % world_size == 0 and 0 <= rank < world_size
     local = batch // world_size
     first = iteration * batch + rank * local
-    positions = np.arange(first, first + local)
-    epochs = positions // n
+    epochs, places = np.divmod(np.arange(first, first + local), n)
     indices = np.empty(local, dtype=np.int64)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
-        indices[chosen] = _permutation(n, seed, int(epoch))[positions[chosen] % n]
+        indices[chosen] = _permutation(n, seed, int(epoch))[places[chosen]]
     return indices
 
 
 @lru_cache(maxsize=2)
 def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def _mixed(seed: int, key: tuple[int | str, ...]) -> int:
+    digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
+    # Philox takes 64 bits; 63 stay clear of manual_seed's signed limit.
+    return int.from_bytes(digest[:8], "little") >> 1

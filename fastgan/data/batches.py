@@ -1,12 +1,14 @@
-"""A dataset that fits stays on the device as uint8, and an iteration only picks its rows there.
+"""A batch's images on the device: decoded ahead by threads, or picked out of the whole dataset.
 
-CIFAR-10 takes 0.15 GB, FFHQ 64 0.9 GB, ImageNet 64 15.7 GB. Every process holds a copy of its own.
+A dataset that fits stays on the device as uint8, and an iteration only picks its rows there:
+CIFAR-10 takes 0.15 GB, FFHQ 64 0.9 GB, ImageNet 64 15.7 GB, for every process a copy of its own.
 """
 
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from functools import cached_property
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -21,6 +23,12 @@ from fastgan.data.dataset import ImageDataset
 T = TypeVar("T")
 Indices = Callable[[int], np.ndarray]
 """iteration -> int64 [k], which images make up this process's batch."""
+
+# The share of the device's free memory that `auto` takes, before the networks are there; and on a
+# CPU, where a machine's memory is not ours alone, this much at most.
+SHARE = 4
+MOST_ON_CPU = 2 << 30
+_BLOCK_BYTES = 16 << 20
 
 
 class Ahead(Generic[T]):
@@ -53,8 +61,8 @@ class Ahead(Generic[T]):
             self._pool.shutdown(cancel_futures=True)
 
 
-class Prefetched:
-    """iteration -> its images and labels on the device, decoded by `workers` threads."""
+class _Batches:
+    """What the two ways to a batch share; `labelled`: whether labels are wanted."""
 
     def __init__(
         self,
@@ -65,11 +73,25 @@ class Prefetched:
         workers: int,
         labelled: bool,
     ) -> None:
-        self._data, self._indices, self._device = data, indices, device
+        self._data, self._indices, self._device, self._workers = data, indices, device, workers
         self._labels = data.labels if labelled else None
-        self._ahead = Ahead(self._read, workers)
-        threads = "thread" if workers == 1 else "threads"
-        self.description = f"decoded ahead by {workers} {threads}" if workers else "decoded in turn"
+
+    def load(self) -> None:
+        """Does what is to be done before the first iteration."""
+
+    def close(self) -> None:
+        """Ends what runs beside the training."""
+
+
+class Prefetched(_Batches):
+    """iteration -> its images and labels on the device, decoded by `workers` threads."""
+
+    @property
+    def description(self) -> str:
+        threads = "thread" if self._workers == 1 else "threads"
+        if not self._workers:
+            return "decoded in turn"
+        return f"decoded ahead by {self._workers} {threads}"
 
     def __call__(self, iteration: int) -> tuple[Tensor, Tensor | None]:
         """uint8 [k, C, H, W] and labels [k] or [k, label_dim] (None where not `labelled`).
@@ -77,15 +99,14 @@ class Prefetched:
         UserError naming the entry that cannot be read.
         """
         pixels, labels = self._ahead(iteration)
-        on_device = on(pixels, self._device)
-        return on_device, None if labels is None else on(labels, self._device)
-
-    def load(self) -> None:
-        """Nothing to be done before the first iteration."""
+        return on(pixels, self._device), None if labels is None else on(labels, self._device)
 
     def close(self) -> None:
-        """Ends the threads."""
         self._ahead.close()
+
+    @cached_property
+    def _ahead(self) -> Ahead[tuple[np.ndarray, np.ndarray | None]]:
+        return Ahead(self._read, self._workers)
 
     def _read(self, iteration: int) -> tuple[np.ndarray, np.ndarray | None]:
         indices = self._indices(iteration)
@@ -93,22 +114,27 @@ class Prefetched:
         return self._data.images(indices), labels
 
 
-def on(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array on the device; a GPU fetches it while the caller goes on.
+class Resident(_Batches):
+    """iteration -> its images and labels out of the whole dataset on the device."""
 
-    In row-major strides: numpy may give a dimension of length 1 any stride, and by that of a single
-    channel PyTorch chooses between algorithms, which round differently.
-    """
-    tensor = torch.from_numpy(array).view(array.shape)
-    # From other than pinned memory the copy would wait. PyTorch reuses it once the GPU is done.
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    @property
+    def description(self) -> str:
+        return f"resident on {self._device}, {decoded_bytes(self._data) / 1e9:.2f} GB"
 
+    def __call__(self, iteration: int) -> tuple[Tensor, Tensor | None]:
+        """As Prefetched; the first call, or `load`, decodes all images."""
+        pixels, labels = self._resident
+        rows = on(self._indices(iteration), self._device)
+        picked = None if labels is None else labels.index_select(0, rows)
+        return pixels.index_select(0, rows), picked
 
-# The share of the device's free memory that `auto` takes, before the networks are there; and on a
-# CPU, where a machine's memory is not ours alone, this much at most.
-SHARE = 4
-MOST_ON_CPU = 2 << 30
-_BLOCK_BYTES = 16 << 20
+    def load(self) -> None:
+        _ = self._resident
+
+    @cached_property
+    def _resident(self) -> tuple[Tensor, Tensor | None]:
+        labels = None if self._labels is None else on(self._labels, self._device)
+        return load_pixels(self._data, self._device, self._workers), labels
 
 
 def choose(data: ImageDataset, wish: bool | str, device: torch.device, processes: int) -> bool:
@@ -135,42 +161,6 @@ def decoded_bytes(data: ImageDataset) -> int:
     return len(data) * data.channels * data.resolution**2 + labels
 
 
-class Resident:
-    """iteration -> its images and labels out of the whole dataset on the device."""
-
-    def __init__(
-        self,
-        data: ImageDataset,
-        indices: Indices,
-        device: torch.device,
-        *,
-        workers: int,
-        labelled: bool,
-    ) -> None:
-        self._data, self._indices, self._device, self._workers = data, indices, device, workers
-        self._labels = data.labels if labelled else None
-        self._resident: tuple[Tensor, Tensor | None] | None = None
-        self.description = f"resident on {device}, {decoded_bytes(data) / 1e9:.2f} GB"
-
-    def __call__(self, iteration: int) -> tuple[Tensor, Tensor | None]:
-        """uint8 [k, C, H, W] and labels [k] or [k, label_dim] (None where not `labelled`)."""
-        pixels, labels = self.load()
-        rows = on(self._indices(iteration), self._device)
-        picked = None if labels is None else labels.index_select(0, rows)
-        return pixels.index_select(0, rows), picked
-
-    def load(self) -> tuple[Tensor, Tensor | None]:
-        """All images and labels, decoded once, by `workers` threads; UserError naming a broken
-        entry."""
-        if self._resident is None:
-            labels = None if self._labels is None else on(self._labels, self._device)
-            self._resident = load_pixels(self._data, self._device, self._workers), labels
-        return self._resident
-
-    def close(self) -> None:
-        """Nothing runs beside the training."""
-
-
 def load_pixels(data: ImageDataset, device: torch.device, workers: int) -> Tensor:
     """All images, uint8 [n, C, H, W] on `device`; the host holds a few blocks of them at a time."""
     shape = (data.channels, data.resolution, data.resolution)
@@ -181,21 +171,25 @@ def load_pixels(data: ImageDataset, device: torch.device, workers: int) -> Tenso
     def block(k: int) -> np.ndarray:
         return data.images(np.arange(starts[k], min(starts[k] + size, len(data))))
 
-    bar = tqdm(
-        total=len(data),
-        desc=f"reading {data.name}",
-        unit="img",
-        unit_scale=True,
-        leave=False,
-        delay=1,
-        disable=not distributed.is_main(),
-    )
+    look = {"desc": f"reading {data.name}", "unit": "img", "unit_scale": True, "leave": False}
+    bar = tqdm(total=len(data), delay=1, disable=not distributed.is_main(), **look)
     with bar, closing(Ahead(block, workers, end=len(starts))) as ahead:
         for k, start in enumerate(starts):
             images = torch.from_numpy(ahead(k))
             pixels[start : start + len(images)].copy_(images)
             bar.update(len(images))
     return pixels
+
+
+def on(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array on the device; a GPU fetches it while the caller goes on.
+
+    In row-major strides: numpy may give a dimension of length 1 any stride, and by that of a single
+    channel PyTorch chooses between algorithms, which round differently.
+    """
+    tensor = torch.from_numpy(array).view(array.shape)
+    # From other than pinned memory the copy would wait. PyTorch reuses it once the GPU is done.
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def _free_bytes(device: torch.device, processes: int) -> int:

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,122 +28,6 @@ from fastgan.data.sources import INDEX_NAME, ImageSource, open_source, read_imag
 LabelRule = Literal["source", "from-folders", "none"]
 _BATCH = 256
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What to make of the pictures; `resolution` None keeps the first one's side (only `none`)."""
-
-    transform: str = "none"
-    resolution: int | None = None
-    channels: int = 3
-    labels: LabelRule = "source"
-    max_images: int | None = None
-
-
-def convert(source_path: str | Path, target: str | Path, how: Conversion) -> int:
-    """Writes the dataset zip `target` from a zip or folder; returns the number of images.
-
-    A UserError leaves no file behind, and an existing target is never replaced.
-    """
-    target = Path(target)
-    _check_request(target, how)
-    source = open_source(source_path)
-    labels = _labels(source, how.labels)
-    chosen = _chosen(len(source.names), how.max_images)
-    names = [source.names[index] for index in chosen]
-    resolution = how.resolution or _first_side(source, names[0])
-
-    def encode(name: str) -> bytes:
-        return _encode(source, name, resolution, how)
-
-    with replace_atomically(target) as file, zipfile.ZipFile(file, "w") as archive:
-        entries = _write_images(archive, _in_threads(encode, names))
-        index = _index(entries, None if labels is None else labels[chosen])
-        index["resampling"] = _resampling(source, resolution, how)
-        index["source"] = f"{source.path.name}, {source.fingerprint()}"
-        _write(archive, INDEX_NAME, json.dumps(index).encode())
-    return len(names)
-
-
-def entry_name(index: int) -> str:
-    """EDM's name of image `index`: a thousand images to a folder."""
-    return f"{index:08d}"[:5] + f"/img{index:08d}.png"
-
-
-def _check_request(target: Path, how: Conversion) -> None:
-    if target.suffix != ".zip":
-        raise UserError(f"target {target}, a name ending in .zip expected")
-    if target.exists():
-        raise UserError(f"target {target} exists, a new file's name expected")
-    if how.resolution is None and how.transform != "none":
-        raise UserError(f"transform {how.transform} without a resolution, for example 64 expected")
-    if how.resolution is not None and how.resolution < 1:
-        raise UserError(f"resolution {how.resolution}, at least 1 expected")
-    if how.max_images is not None and how.max_images < 1:
-        raise UserError(f"max_images {how.max_images}, at least 1 expected")
-
-
-def _labels(source: ImageSource, rule: LabelRule) -> np.ndarray | None:
-    if rule == "from-folders":
-        return labels_from_folders(source.names, f"{source.kind} {source.path}")
-    return source.labels if rule == "source" else None
-
-
-def _chosen(total: int, max_images: int | None) -> np.ndarray:
-    return np.arange(total) if max_images is None else subset_indices(total, max_images)
-
-
-def _first_side(source: ImageSource, name: str) -> int:
-    image = open_image(source.read(name), source.where(name))
-    return image.width
-
-
-def _encode(source: ImageSource, name: str, resolution: int, how: Conversion) -> bytes:
-    where = source.where(name)
-    image = load_pixels(open_image(source.read(name), where), where)
-    image = TRANSFORMS[how.transform](to_mode(image, where, how.channels), resolution, where)
-    # A fresh image: profiles, gamma and comments of the original are no part of a dataset. Not
-    # compressed, as EDM does: inflating takes a third of the time that a small image needs to load.
-    encoded = io.BytesIO()
-    Image.fromarray(np.asarray(image)).save(encoded, format="PNG", compress_level=0)
-    return encoded.getvalue()
-
-
-def _in_threads(encode: Callable[[str], bytes], names: list[str]) -> Iterator[bytes]:
-    """`encode` of every name in order; Pillow works outside the interpreter's lock."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(names), disable=None) as bar:
-        # In batches, since the pool would otherwise run ahead of the writing without bound.
-        for start in range(0, len(names), _BATCH):
-            batch = names[start : start + _BATCH]
-            yield from pool.map(encode, batch)
-            bar.update(len(batch))
-
-
-def _write_images(archive: zipfile.ZipFile, images: Iterable[bytes]) -> list[str]:
-    entries = []
-    for index, image in enumerate(images):
-        entries.append(entry_name(index))
-        _write(archive, entries[-1], image)
-    return entries
-
-
-def _write(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
-    archive.writestr(zipfile.ZipInfo(name, _ZIP_EPOCH), data, zipfile.ZIP_STORED)
-
-
-def _index(entries: list[str], labels: np.ndarray | None) -> dict[str, Any]:
-    if labels is None:
-        return {"labels": None}
-    return {"labels": [list(pair) for pair in zip(entries, labels.tolist(), strict=True)]}
-
-
-def _resampling(source: ImageSource, resolution: int, how: Conversion) -> str:
-    if how.transform == "none":
-        return source.metadata.get("resampling", "none")
-    return f"{how.transform} to {resolution} (Pillow {PIL.__version__})"
-
-
 _NARROWER_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
@@ -156,7 +40,11 @@ def to_mode(image: Image.Image, where: str, channels: int) -> Image.Image:
 
 def lanczos(image: Image.Image, resolution: int, where: str) -> Image.Image:
     """Resizes a square image; refuses another, whose proportions would change."""
-    _check_square(image, where)
+    if image.width != image.height:
+        raise UserError(
+            f"image of {image.width} x {image.height}, {where}, "
+            "a square one expected: center-crop makes squares"
+        )
     return image.resize((resolution, resolution), Image.Resampling.LANCZOS)
 
 
@@ -198,12 +86,95 @@ def _central(image: Image.Image, side: int) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
-def _check_square(image: Image.Image, where: str) -> None:
-    if image.width != image.height:
-        raise UserError(
-            f"image of {image.width} x {image.height}, {where}, "
-            "a square one expected: center-crop makes squares"
-        )
+@dataclass(frozen=True)
+class Conversion:
+    """What to make of the pictures; `resolution` None keeps the first one's side (only `none`)."""
+
+    transform: str = "none"
+    resolution: int | None = None
+    channels: int = 3
+    labels: LabelRule = "source"
+    max_images: int | None = None
+
+
+def convert(source_path: str | Path, target: str | Path, how: Conversion) -> int:
+    """Writes the dataset zip `target` from a zip or folder; returns the number of images.
+
+    A UserError leaves no file behind, and an existing target is never replaced.
+    """
+    target = Path(target)
+    _check_request(target, how)
+    source = open_source(source_path)
+    labels = source.labels if how.labels == "source" else None
+    if how.labels == "from-folders":
+        labels = labels_from_folders(source.names, f"{source.kind} {source.path}")
+    total = len(source.names)
+    chosen = subset_indices(total, total if how.max_images is None else how.max_images)
+    names = [source.names[index] for index in chosen]
+    resolution = how.resolution
+    if resolution is None:
+        resolution = open_image(source.read(names[0]), source.where(names[0])).width
+
+    def encode(name: str) -> bytes:
+        return _encode(source, name, resolution, how)
+
+    with replace_atomically(target) as file, zipfile.ZipFile(file, "w") as archive:
+        entries = [entry_name(index) for index in range(len(names))]
+        for entry, image in zip(entries, _in_threads(encode, names), strict=True):
+            _write(archive, entry, image)
+        index: dict[str, Any] = {"labels": None}
+        if labels is not None:
+            pairs = zip(entries, labels[chosen].tolist(), strict=True)
+            index["labels"] = [list(pair) for pair in pairs]
+        index["resampling"] = f"{how.transform} to {resolution} (Pillow {PIL.__version__})"
+        if how.transform == "none":
+            index["resampling"] = source.metadata.get("resampling", "none")
+        index["source"] = f"{source.path.name}, {source.fingerprint()}"
+        _write(archive, INDEX_NAME, json.dumps(index).encode())
+    return len(names)
+
+
+def entry_name(index: int) -> str:
+    """EDM's name of image `index`: a thousand images to a folder."""
+    return f"{index:08d}"[:5] + f"/img{index:08d}.png"
+
+
+def _check_request(target: Path, how: Conversion) -> None:
+    if target.suffix != ".zip":
+        raise UserError(f"target {target}, a name ending in .zip expected")
+    if target.exists():
+        raise UserError(f"target {target} exists, a new file's name expected")
+    if how.resolution is None and how.transform != "none":
+        raise UserError(f"transform {how.transform} without a resolution, for example 64 expected")
+    if how.resolution is not None and how.resolution < 1:
+        raise UserError(f"resolution {how.resolution}, at least 1 expected")
+    if how.max_images is not None and how.max_images < 1:
+        raise UserError(f"max_images {how.max_images}, at least 1 expected")
+
+
+def _encode(source: ImageSource, name: str, resolution: int, how: Conversion) -> bytes:
+    where = source.where(name)
+    image = load_pixels(open_image(source.read(name), where), where)
+    image = TRANSFORMS[how.transform](to_mode(image, where, how.channels), resolution, where)
+    # A fresh image: profiles, gamma and comments of the original are no part of a dataset. Not
+    # compressed, as EDM does: inflating takes a third of the time that a small image needs to load.
+    encoded = io.BytesIO()
+    Image.fromarray(np.asarray(image)).save(encoded, format="PNG", compress_level=0)
+    return encoded.getvalue()
+
+
+def _in_threads(encode: Callable[[str], bytes], names: list[str]) -> Iterator[bytes]:
+    """`encode` of every name in order; Pillow works outside the interpreter's lock."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(names), disable=None) as bar:
+        # In batches, since the pool would otherwise run ahead of the writing without bound.
+        for start in range(0, len(names), _BATCH):
+            batch = names[start : start + _BATCH]
+            yield from pool.map(encode, batch)
+            bar.update(len(batch))
+
+
+def _write(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
+    archive.writestr(zipfile.ZipInfo(name, _ZIP_EPOCH), data, zipfile.ZIP_STORED)
 
 
 def problems(source: ImageSource) -> Iterator[str]:

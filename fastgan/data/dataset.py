@@ -1,7 +1,7 @@
 """What training and evaluation know of a dataset, and how one is opened."""
 
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from PIL import Image
@@ -9,13 +9,12 @@ from PIL import Image
 from fastgan.common.errors import UserError
 from fastgan.data.sources import SourceDataset, open_source
 
+Split = Literal["train", "val", "test"]
+RESOLUTION = 16  # of the digits
 _SUBSET_SEED = 0
-_DIGITS: dict[str, Literal["train", "val", "test"]] = {
-    "digits": "train",
-    "digits/train": "train",
-    "digits/val": "val",
-    "digits/test": "test",
-}
+_SPLIT_SEED = 20240
+_SIZES = {"train": 997, "val": 400, "test": 400}
+_DIGITS: dict[str, Split] = {"digits": "train", **{f"digits/{s}": s for s in get_args(Split)}}
 
 
 class ImageDataset(Protocol):
@@ -50,7 +49,9 @@ def open_dataset(path: str | Path, *, max_images: int | None = None) -> ImageDat
     """
     if max_images is not None and max_images < 1:
         raise UserError(f"max_images={max_images}, dataset {path}, at least 1 expected")
-    dataset = _open_whole(path)
+    split = _DIGITS.get(str(path))
+    dataset: ImageDataset
+    dataset = Digits(split) if split else SourceDataset(open_source(path))
     if max_images is None or max_images >= len(dataset):
         return dataset
     return _Subset(dataset, subset_indices(len(dataset), max_images))
@@ -60,14 +61,6 @@ def subset_indices(total: int, size: int) -> np.ndarray:
     """int64 [min(size, total)], sorted: a fixed random subset, nested in every larger one."""
     order = np.random.default_rng(_SUBSET_SEED).permutation(total)
     return np.sort(order[:size])
-
-
-def _open_whole(path: str | Path) -> ImageDataset:
-    split = _DIGITS.get(str(path))
-    if split is None:
-        return SourceDataset(open_source(path))
-
-    return Digits(split)
 
 
 class _Subset:
@@ -91,12 +84,6 @@ class _Subset:
         return self._whole.provenance() | subset
 
 
-Split = Literal["train", "val", "test"]
-RESOLUTION = 16
-_SIZES = {"train": 997, "val": 400, "test": 400}
-_SPLIT_SEED = 20240
-
-
 class Digits:
     """scikit-learn's digits, 8 x 8 in 17 grey levels, upsampled to 16 x 16 (Pillow's bicubic)."""
 
@@ -111,9 +98,8 @@ class Digits:
         chosen = _split_indices(source.target)[split]
         self.name = f"digits/{split}"
         self.labels: np.ndarray | None = source.target[chosen].astype(np.int64)
-        self.all_images: np.ndarray = np.stack(
-            [_upsample(image) for image in source.images[chosen]]
-        )[:, None]
+        images = [_upsample(image) for image in source.images[chosen]]
+        self.all_images: np.ndarray = np.stack(images)[:, None]
 
     def __len__(self) -> int:
         return len(self.all_images)
@@ -145,6 +131,5 @@ def _split_indices(labels: np.ndarray) -> dict[str, np.ndarray]:
     # Dealing the class-sorted list out by low-discrepancy ranks keeps every split balanced.
     rank = np.argsort((np.arange(len(labels)) * 0.6180339887498949) % 1.0, kind="stable")
     dealt = by_class[rank]
-    bounds = np.cumsum([_SIZES["train"], _SIZES["val"], _SIZES["test"]])
-    train, val, test = np.split(dealt, bounds[:-1])
-    return {"train": np.sort(train), "val": np.sort(val), "test": np.sort(test)}
+    parts = np.split(dealt, np.cumsum(list(_SIZES.values()))[:-1])
+    return {split: np.sort(part) for split, part in zip(_SIZES, parts, strict=True)}

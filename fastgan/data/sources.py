@@ -1,4 +1,8 @@
-"""A zip or a folder as a dataset: every image held to the size and mode of the first."""
+"""Folders and zips of encoded images, and either as a dataset of one size and mode.
+
+A source is a stranger's: no link or path leads outside, sizes are checked before bytes are read,
+and everything that does not fit is a UserError naming the entry.
+"""
 
 import hashlib
 import os
@@ -6,7 +10,7 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -26,6 +30,13 @@ MAX_ENTRIES = 1 << 24
 _MAX_INDEX_BYTES = 512 << 20
 # A few kilobytes of JSON grow to many times that as Python objects, so the bound follows n.
 _MAX_INDEX_BYTES_PER_IMAGE = 64 << 10
+MAX_NAME_LENGTH = 500  # names go into messages
+_ENCRYPTED = 0x1
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+# Images whose header is checked on opening; the others are checked when they are read.
+_HEADER_CHECKS = 512
+# Keys of dataset.json that a number's provenance repeats.
+_RECORDED = ("resampling", "source")
 
 
 class ImageSource(ABC):
@@ -51,8 +62,13 @@ class ImageSource(ABC):
         self.metadata: dict[str, str] = {}
         if INDEX_NAME in entries:
             self._read_index()
-        else:
-            _refuse_misplaced_index(entries, f"{self.kind} {path}")
+            return
+        # An archive with one folder too many would silently lose its labels.
+        for name in entries:
+            if PurePosixPath(name).name == INDEX_NAME:
+                raise UserError(
+                    f"labels in {name!r}, {self.kind} {path}, {INDEX_NAME} at the root expected"
+                )
 
     @abstractmethod
     def read(self, name: str, limit: int = MAX_ENTRY_BYTES) -> bytes:
@@ -65,6 +81,9 @@ class ImageSource(ABC):
     def where(self, name: str) -> str:
         """How messages name an entry."""
         return f"entry {name!r} of {self.kind} {self.path}"
+
+    def _refuse(self, name: str, size: int, limit: int) -> NoReturn:
+        raise UserError(f"{size} bytes, {self.where(name)}, at most {limit} expected")
 
     def _read_index(self) -> None:
         limit = min(_MAX_INDEX_BYTES, (1 << 20) + _MAX_INDEX_BYTES_PER_IMAGE * len(self.names))
@@ -79,17 +98,6 @@ def is_image_name(name: str) -> bool:
     path = PurePosixPath(name)
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
     return path.suffix.lower() in EXTENSIONS and not hidden
-
-
-def too_large(size: int, limit: int, where: str) -> UserError:
-    return UserError(f"{size} bytes, {where}, at most {limit} expected")
-
-
-def _refuse_misplaced_index(entries: list[str], where: str) -> None:
-    """Without this, an archive with one folder too many would silently lose its labels."""
-    for name in entries:
-        if PurePosixPath(name).name == INDEX_NAME:
-            raise UserError(f"labels in {name!r}, {where}, {INDEX_NAME} at the root expected")
 
 
 class FolderSource(ImageSource):
@@ -110,9 +118,7 @@ class FolderSource(ImageSource):
             raise UserError(
                 f"cannot read ({error.strerror}), {self.where(name)}, a readable file expected"
             ) from error
-        if len(data) > limit:
-            raise too_large(len(data), limit, self.where(name))
-        return data
+        return data if len(data) <= limit else self._refuse(name, len(data), limit)
 
     def fingerprint(self) -> str:
         """sha256 over names and sizes: unlike a zip's it cannot tell equally long images apart."""
@@ -129,7 +135,14 @@ def _files_below(root: Path) -> list[str]:
     pending = [""]
     while pending:
         folder = pending.pop()
-        for entry in _scan(root / folder):
+        try:
+            entries = list(os.scandir(root / folder))
+        except OSError as error:
+            raise UserError(
+                f"cannot list ({error.strerror}), folder {root / folder}, "
+                "a readable folder expected"
+            ) from error
+        for entry in entries:
             name = folder + entry.name
             if entry.name.startswith("."):
                 continue
@@ -140,16 +153,6 @@ def _files_below(root: Path) -> list[str]:
             elif entry.is_file():
                 found.append(name)
     return found
-
-
-def _scan(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as error:
-        raise UserError(
-            f"cannot list ({error.strerror}), folder {folder}, a readable folder expected"
-        ) from error
 
 
 def _check_link(root: Path, name: str) -> None:
@@ -165,11 +168,6 @@ def _check_link(root: Path, name: str) -> None:
         raise UserError(f"link to a folder, {where}, a real folder expected")
 
 
-MAX_NAME_LENGTH = 500  # names go into messages
-_ENCRYPTED = 0x1
-_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-
-
 class ZipSource(ImageSource):
     """The images of a zip, through one handle per process: forked workers open their own."""
 
@@ -180,22 +178,24 @@ class ZipSource(ImageSource):
         self._handle: zipfile.ZipFile | None = None
         self._handle_pid = 0
         members = self._zip().infolist()
-        _check_names(members, path)
-        files = [info for info in members if not info.is_dir()]
-        _check_members(files, path)
-        super().__init__(path, [info.filename for info in files])
+        seen: set[str] = set()
+        for position, info in enumerate(members):
+            _check_member(info, position, seen, path)
+        super().__init__(path, [info.filename for info in members if not info.is_dir()])
 
     def read(self, name: str, limit: int = MAX_ENTRY_BYTES) -> bytes:
         archive = self._zip()
         try:
-            size = archive.getinfo(name).file_size
+            info = archive.getinfo(name)
+            # What zipfile reads at once, however few bytes there are, is the packed size.
+            size = max(info.file_size, info.compress_size)
             if size <= limit:
                 return archive.read(name)
         except Exception as error:  # zipfile and zlib raise nearly anything on broken bytes
             raise UserError(
                 f"corrupt entry ({shown(error)}), {self.where(name)}, a complete zip expected"
             ) from error
-        raise too_large(size, limit, self.where(name))
+        return self._refuse(name, size, limit)
 
     def fingerprint(self) -> str:
         """sha256 over names, sizes and CRC-32s: the content, whichever way it is compressed."""
@@ -222,30 +222,28 @@ class ZipSource(ImageSource):
         return self._handle
 
 
-def _check_names(members: list[zipfile.ZipInfo], path: Path) -> None:
-    for position, name in enumerate(info.filename for info in members):
-        if not 0 < len(name) <= MAX_NAME_LENGTH:
-            raise UserError(
-                f"name of {len(name)} characters, entry {position} of zip {path}, "
-                f"1 to {MAX_NAME_LENGTH} expected"
-            )
-
-
-def _check_members(members: list[zipfile.ZipInfo], path: Path) -> None:
-    seen: set[str] = set()
-    for info in members:
-        name, where = info.filename, f"entry {info.filename!r} of zip {path}"
-        if not _is_inside(name):
-            raise UserError(f"path leaves the archive, {where}, a relative path expected")
-        if name in seen:
-            raise UserError(f"duplicate name, {where}, one entry per name expected")
-        seen.add(name)
-        if info.flag_bits & _ENCRYPTED:
-            raise UserError(f"encrypted, {where}, a zip without password expected")
-        if info.compress_type not in _METHODS:
-            raise UserError(
-                f"compression method {info.compress_type}, {where}, stored or deflated expected"
-            )
+def _check_member(info: zipfile.ZipInfo, position: int, seen: set[str], path: Path) -> None:
+    """UserError for an entry that no dataset has; names of files are added to those `seen`."""
+    name = info.filename
+    if not 0 < len(name) <= MAX_NAME_LENGTH:
+        raise UserError(
+            f"name of {len(name)} characters, entry {position} of zip {path}, "
+            f"1 to {MAX_NAME_LENGTH} expected"
+        )
+    if info.is_dir():
+        return
+    where = f"entry {name!r} of zip {path}"
+    if not _is_inside(name):
+        raise UserError(f"path leaves the archive, {where}, a relative path expected")
+    if name in seen:
+        raise UserError(f"duplicate name, {where}, one entry per name expected")
+    seen.add(name)
+    if info.flag_bits & _ENCRYPTED:
+        raise UserError(f"encrypted, {where}, a zip without password expected")
+    if info.compress_type not in _METHODS:
+        raise UserError(
+            f"compression method {info.compress_type}, {where}, stored or deflated expected"
+        )
 
 
 def _is_inside(name: str) -> bool:
@@ -253,12 +251,6 @@ def _is_inside(name: str) -> bool:
     if not path.parts or path.is_absolute() or ".." in path.parts:
         return False
     return "\\" not in name and ":" not in path.parts[0]
-
-
-# Images whose header is checked on opening; the others are checked when they are read.
-_HEADER_CHECKS = 512
-# Keys of dataset.json that a number's provenance repeats.
-_RECORDED = ("resampling", "source")
 
 
 class SourceDataset:

@@ -1,13 +1,12 @@
-"""CIFAR ResNet-56 (He et al. 2015, section 4.2) as a small feature network: "FD-R56".
+"""Small classifiers as feature networks: CIFAR ResNet-56 ("FD-R56") and the demo's for digits.
 
-3 stages x 9 blocks of 16, 32, 64 channels at 32, 16, 8 pixels; where a stage narrows, the shortcut
-is option A: every second pixel, missing channels as zeros, no parameters. Features: the 64 channels
-averaged over the last 8x8 pixels, before the classifier.
+ResNet-56 (He et al. 2015, section 4.2): 3 stages x 9 blocks of 16, 32, 64 channels at 32, 16, 8
+pixels; where a stage narrows, the shortcut is option A: every second pixel, missing channels as
+zeros, no parameters. Features: the 64 channels averaged over the last 8x8 pixels, before the
+classifier. The digits' own classifier has two convolutions and is trained in seconds.
 """
 
-import os
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +18,12 @@ from fastgan.common.errors import UserError
 from fastgan.common.files import require_file
 from fastgan.common.noise import seeded
 from fastgan.data.dataset import Digits
-from fastgan.evaluation.features import to_rgb, verified_sha256
+from fastgan.evaluation.features import Device, FromFile, Where, to_rgb
 
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
+CLASSES = 10  # of the digits
+_MAX_BYTES = 1 << 20  # of the digits' classifier
 
 
 class BasicBlock(nn.Module):
@@ -67,29 +68,19 @@ class CifarResNet(nn.Module):
         return self.linear(self.features(x))
 
 
-class ResNet56Features:
+class ResNet56Features(FromFile):
     """64 pooled features of 32x32 images. UserError: weights that do not fit ResNet-56."""
 
     name = "R56"
     dim = 64
     resize = "none (32x32 images)"
 
-    def __init__(
-        self,
-        weights: str | os.PathLike[str],
-        device: torch.device | str,
-        expected_sha256: str | None = None,
-    ) -> None:
+    def __init__(self, weights: Where, device: Device, expected_sha256: str | None = None) -> None:
         path = require_file(weights, "the ResNet-56 weights (.safetensors)")
-        self.device = torch.device(device)
-        self._sha256 = verified_sha256(path, expected_sha256)
-        self._file = path.name
+        super().__init__(path, device, expected_sha256)
         self._net = _load(path).to(self.device)
         self._mean = torch.tensor(_MEAN, device=self.device)[:, None, None]
         self._std = torch.tensor(_STD, device=self.device)[:, None, None]
-
-    def provenance(self) -> dict[str, Any]:
-        return {"name": self.name, "weights_file": self._file, "weights_sha256": self._sha256}
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 [N, 1 or 3, 32, 32] -> [N, 64]."""
@@ -114,7 +105,7 @@ def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequ
     return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
 
 
-def _load(path: str | os.PathLike[str]) -> CifarResNet:
+def _load(path: Where) -> CifarResNet:
     """The network in eval mode; built on the meta device, so that no random number is drawn."""
     with torch.device("meta"):
         net = CifarResNet()
@@ -134,10 +125,6 @@ def _load(path: str | os.PathLike[str]) -> CifarResNet:
     counters = {k: torch.tensor(0) for k, v in net.state_dict().items() if v.ndim == 0}
     net.load_state_dict({k: v.float() for k, v in state.items()} | counters, assign=True)
     return net.eval().requires_grad_(False)
-
-
-CLASSES = 10
-_MAX_BYTES = 1 << 20
 
 
 class DigitClassifier(nn.Module):
@@ -193,7 +180,7 @@ def save_classifier(network: DigitClassifier, path: Path) -> None:
     save_file(network.state_dict(), path, metadata={"format": "fastgan-digit-classifier"})
 
 
-def load_classifier(path: str | os.PathLike[str]) -> DigitClassifier:
+def load_classifier(path: Where) -> DigitClassifier:
     """Reads what `save_classifier` wrote; UserError for anything else."""
     file = Path(path)
     network = DigitClassifier()
@@ -207,3 +194,20 @@ def load_classifier(path: str | os.PathLike[str]) -> DigitClassifier:
             f"no digit classifier ({reason}), {file}, a file of make pretrain-demo expected"
         ) from error
     return network.eval().requires_grad_(False)
+
+
+class ClassifierFeatures(FromFile):
+    """The 32 features of the digit classifier in `weights`."""
+
+    name = "classifier"
+    dim = DigitClassifier.dim
+    resize = "none"
+
+    def __init__(self, weights: Where, device: Device, expected_sha256: str | None = None) -> None:
+        path = require_file(weights, "the classifier's weights (.safetensors)")
+        super().__init__(path, device, expected_sha256)
+        self._net = load_classifier(path).to(self.device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 [N, 1, 16, 16] -> [N, 32]."""
+        return self._net(images.to(self.device))

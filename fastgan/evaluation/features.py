@@ -1,7 +1,7 @@
-"""What a feature extractor is, and what the extractors share."""
+"""What a feature extractor is, what the extractors share, and the pixels' principal components."""
 
 import hashlib
-import os
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -9,7 +9,12 @@ from torch import Tensor
 
 from fastgan.common.errors import UserError
 from fastgan.common.files import file_sha256
-from fastgan.evaluation.frechet import FeatureStatistics
+from fastgan.evaluation.frechet import FeatureStatistics, Where
+
+# An eigendecomposition of 64x64 RGB pixels takes minutes; beyond, nobody would wait for it.
+_MAX_PIXELS = 12288
+_CHUNK = 1024
+Device = torch.device | str
 
 
 class FeatureExtractor(Protocol):
@@ -33,23 +38,32 @@ class FeatureExtractor(Protocol):
         ...
 
 
+class FromFile:
+    """What extractors share whose weights are one file: its name and sha256 are the provenance."""
+
+    name: str
+
+    def __init__(self, path: Path, device: Device, expected_sha256: str | None) -> None:
+        """UserError: the file's sha256 is not the expected one (None: any)."""
+        self.device = torch.device(device)
+        self._file, self._sha256 = path.name, verified_sha256(path, expected_sha256)
+
+    def provenance(self) -> dict[str, Any]:
+        return {"name": self.name, "weights_file": self._file, "weights_sha256": self._sha256}
+
+
 def to_rgb(images: Tensor) -> Tensor:
     """Grey images [N, 1, H, W] repeated to three channels; RGB unchanged (as EDM's script)."""
     assert images.dtype == torch.uint8 and images.ndim == 4, (images.dtype, images.ndim)
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
 
-def verified_sha256(path: str | os.PathLike[str], expected: str | None) -> str:
+def verified_sha256(path: Where, expected: str | None) -> str:
     """sha256 of `path`. UserError: it is not the `expected` one (None: any)."""
     found = file_sha256(path)
     if expected is not None and found != expected.lower():
         raise UserError(f"sha256 is {found}, file {path}, right is {expected}")
     return found
-
-
-# An eigendecomposition of 64x64 RGB pixels takes minutes; beyond, nobody would wait for it.
-_MAX_PIXELS = 12288
-_CHUNK = 1024
 
 
 class PixelPca:
@@ -62,12 +76,10 @@ class PixelPca:
         self.dim = len(components)
         self.name = f"pca{self.dim}"
         self.device = components.device
-        self._mean = mean
-        self._components = components
-        self._fitted_on = fitted_on
+        self._mean, self._components, self._fitted_on = mean, components, fitted_on
 
     @classmethod
-    def fit(cls, images: Tensor, dim: int, device: torch.device | str = "cpu") -> "PixelPca":
+    def fit(cls, images: Tensor, dim: int, device: Device = "cpu") -> "PixelPca":
         """Components of uint8 images [N, C, H, W], in float64, largest variance first.
 
         A component's entry of largest magnitude is positive, which fixes the sign.

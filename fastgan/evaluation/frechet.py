@@ -1,6 +1,9 @@
-"""Mean and covariance of features, and the Frechet distance between two Gaussians.
+"""Mean and covariance of features, the Frechet distance between two Gaussians, reference files.
 
 d^2 = |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)      (Heusel et al. 2017, equation 6)
+
+Reference files are .npz archives with mu and sigma, or with images; a stranger's is read without
+pickle, its sizes are checked before memory is taken, images are streamed.
 """
 
 import json
@@ -26,6 +29,12 @@ from fastgan.common.files import file_sha256, parse_object, replace_atomically, 
 _NEGATIVE_SHARE = 1e-4
 # Products of three such numbers still fit into float64.
 _LARGEST = 1e100
+MAX_DIM = 8192
+_MAX_PROVENANCE = 1 << 20
+# Statistics hardly compress; images, which may be all black, are read piece by piece instead.
+_MAX_RATIO = 100
+_ACCEPTED = "an .npz with mu [D] and sigma [D, D], or with uint8 images arr_0 [N, H, W, C]"
+Where = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -154,13 +163,6 @@ def _checked(eigenvalues: Tensor, where: str) -> Tensor:
     return eigenvalues.clamp(min=0)
 
 
-MAX_DIM = 8192
-_MAX_PROVENANCE = 1 << 20
-# Statistics hardly compress; images, which may be all black, are read piece by piece instead.
-_MAX_RATIO = 100
-_ACCEPTED = "an .npz with mu [D] and sigma [D, D], or with uint8 images arr_0 [N, H, W, C]"
-
-
 @dataclass(frozen=True)
 class _Header:
     shape: tuple[int, ...]
@@ -172,13 +174,13 @@ class _Header:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def entries(path: str | os.PathLike[str]) -> set[str]:
+def entries(path: Where) -> set[str]:
     """Names of the arrays in an .npz file. UserError: no such file, a pickle, no .npz."""
     with _open_npz(path) as archive:
         return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
-def read_statistics(path: str | os.PathLike[str]) -> Statistics:
+def read_statistics(path: Where) -> Statistics:
     """The Gaussian stored in a statistics file; source = {"file", "sha256", ...its provenance}.
 
     UserError, naming file and entry: missing entry, wrong type or shape, NaN, more than 8192
@@ -195,7 +197,7 @@ def read_statistics(path: str | os.PathLike[str]) -> Statistics:
     return Statistics(mu, sigma, n if known else None, source)
 
 
-def write_statistics(path: str | os.PathLike[str], statistics: Statistics) -> None:
+def write_statistics(path: Where, statistics: Statistics) -> None:
     """Writes mu, sigma and the provenance (n and the source) in EDM's format, atomically."""
     provenance = {"n": statistics.n, **statistics.source}
     with replace_atomically(path) as file:
@@ -207,7 +209,7 @@ def write_statistics(path: str | os.PathLike[str], statistics: Statistics) -> No
         )
 
 
-def read_images(path: str | os.PathLike[str], batch: int) -> Iterator[torch.Tensor]:
+def read_images(path: Where, batch: int) -> Iterator[torch.Tensor]:
     """uint8 images [k, C, H, W], k <= `batch`, streamed from the entry `arr_0` (NHWC).
 
     UserError: other types or shapes, a file that ends early.
@@ -221,14 +223,14 @@ def read_images(path: str | os.PathLike[str], batch: int) -> Iterator[torch.Tens
             yield nhwc.permute(0, 3, 1, 2).contiguous()
 
 
-def count_images(path: str | os.PathLike[str]) -> int:
+def count_images(path: Where) -> int:
     """Number of images in the entry `arr_0`, from its header. UserError: as `read_images`."""
     with _open_npz(path) as archive, _open_entry(archive, path, "arr_0") as (_, header):
         return header.shape[0]
 
 
 @contextmanager
-def _open_npz(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
+def _open_npz(path: Where) -> Iterator[zipfile.ZipFile]:
     require_file(path, f"a statistics file: {_ACCEPTED}")
     with open(path, "rb") as file:
         start = file.read(2)
@@ -251,7 +253,7 @@ def _open_npz(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
 
 @contextmanager
 def _open_entry(
-    archive: zipfile.ZipFile, path: str | os.PathLike[str], name: str
+    archive: zipfile.ZipFile, path: Where, name: str
 ) -> Iterator[tuple[IO[bytes], _Header]]:
     """An entry's stream, positioned at its data, with its header checked."""
     where = f"entry {name} of {path}"
@@ -260,17 +262,13 @@ def _open_entry(
     with archive.open(f"{name}.npy") as file:
         header = _read_header(file, where)
         _check_header(header, name, where)
-        if name != "arr_0":
-            _check_ratio(header.nbytes, os.path.getsize(path), where)
+        size = os.path.getsize(path)
+        if name != "arr_0" and header.nbytes > (1 << 20) + _MAX_RATIO * size:
+            raise UserError(
+                f"{header.nbytes} bytes in a file of {size}, {where}, "
+                f"at most {_MAX_RATIO} times as many expected"
+            )
         yield file, header
-
-
-def _check_ratio(nbytes: int, file_size: int, where: str) -> None:
-    if nbytes > (1 << 20) + _MAX_RATIO * file_size:
-        raise UserError(
-            f"{nbytes} bytes in a file of {file_size}, {where}, "
-            f"at most {_MAX_RATIO} times as many expected"
-        )
 
 
 def _read_header(file: IO[bytes], where: str) -> _Header:
@@ -304,9 +302,7 @@ def _check_header(header: _Header, name: str, where: str) -> None:
         raise UserError(f"{found}, {where}, right is {wanted}")
 
 
-def _read_floats(
-    archive: zipfile.ZipFile, path: str | os.PathLike[str], name: str, ndim: int
-) -> torch.Tensor:
+def _read_floats(archive: zipfile.ZipFile, path: Where, name: str, ndim: int) -> torch.Tensor:
     with _open_entry(archive, path, name) as (file, header):
         if len(header.shape) != ndim:
             raise UserError(
@@ -318,7 +314,7 @@ def _read_floats(
     return torch.from_numpy(array.astype(np.float64))
 
 
-def _read_provenance(archive: zipfile.ZipFile, path: str | os.PathLike[str]) -> dict[str, Any]:
+def _read_provenance(archive: zipfile.ZipFile, path: Where) -> dict[str, Any]:
     if "provenance.npy" not in archive.namelist():
         return {}
     where = f"entry provenance of {path}"

@@ -1,11 +1,13 @@
-"""Inception-v3 (2015-12-05), the network of published FIDs, as clean-fid wraps it.
+"""Pre-trained feature networks: Inception-v3 (2015-12-05) of published FIDs, and any of timm's.
 
-The file is a TorchScript program: loading it runs code from whoever made it. Hence it is never
-downloaded here, its sha256 stands in every result, and a known one can be demanded.
+Inception's file, which clean-fid wraps, is a TorchScript program: loading it runs code from whoever
+made it. Hence it is never downloaded here, its sha256 stands in every result, and a known one can
+be demanded.
 """
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,14 +18,14 @@ from torch import Tensor
 
 from fastgan.common.errors import UserError
 from fastgan.common.files import require_file
-from fastgan.common.libraries import import_timm, import_torchvision
-from fastgan.evaluation.features import to_rgb, verified_sha256
+from fastgan.common.libraries import import_optional, import_timm, import_torchvision
+from fastgan.evaluation.features import Device, FromFile, Where, to_rgb, verified_sha256
 
 FILE_NAME = "inception-2015-12-05.pt"
 URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{FILE_NAME}"
 
 
-class InceptionFeatures:
+class InceptionFeatures(FromFile):
     """The paper protocol: uint8 images at their own size, TensorFlow's resize inside the network.
 
     weights: the file inception-2015-12-05.pt or its folder.
@@ -35,15 +37,14 @@ class InceptionFeatures:
     _resize_inside = True
 
     def __init__(
-        self,
-        weights: str | os.PathLike[str] | None,
-        device: torch.device | str,
-        expected_sha256: str | None = None,
+        self, weights: Where | None, device: Device, expected_sha256: str | None = None
     ) -> None:
         path = _locate(weights)
-        self.device = torch.device(device)
-        self._sha256 = verified_sha256(path, expected_sha256)
-        wrapper = _import_wrapper()
+        super().__init__(path, device, expected_sha256)
+        import_torchvision()
+        wrapper = import_optional(
+            "cleanfid.inception_torchscript", "the Inception extractors", "eval"
+        ).InceptionV3W
         try:
             net = wrapper(str(path.parent), download=False, resize_inside=self._resize_inside)
         except RuntimeError as error:
@@ -51,9 +52,6 @@ class InceptionFeatures:
                 f"no TorchScript program, file {path}, download it again from {URL}"
             ) from error
         self._net = net.to(self.device).eval()
-
-    def provenance(self) -> dict[str, Any]:
-        return {"name": self.name, "weights_file": FILE_NAME, "weights_sha256": self._sha256}
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 [N, 1 or 3, H, W] -> [N, 2048]."""
@@ -83,7 +81,7 @@ def _resize_channels(image: np.ndarray) -> np.ndarray:
     return np.stack([np.asarray(c) for c in resized]).clip(0, 255)
 
 
-def _locate(weights: str | os.PathLike[str] | None) -> Any:
+def _locate(weights: Where | None) -> Path:
     if weights is None:
         raise UserError(
             "no Inception weights given, option `weights`, "
@@ -96,19 +94,6 @@ def _locate(weights: str | os.PathLike[str] | None) -> Any:
     return found
 
 
-def _import_wrapper() -> Any:
-    """clean-fid's InceptionV3W, whose package imports torchvision."""
-    import_torchvision()
-    try:
-        from cleanfid.inception_torchscript import InceptionV3W
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{error.name} is not installed, needed for the Inception extractors, "
-            "install it with: pip install 'fastgan[eval]'"
-        ) from error
-    return InceptionV3W
-
-
 class TimmFeatures:
     """timm's `model` with its own mean, std and input size, images resized bilinearly.
 
@@ -119,7 +104,7 @@ class TimmFeatures:
         self,
         model: str,
         device: torch.device | str,
-        weights: str | os.PathLike[str] | None = None,
+        weights: Where | None = None,
         expected_sha256: str | None = None,
     ) -> None:
         timm = import_timm()
@@ -154,7 +139,7 @@ class TimmFeatures:
 
 
 def _weights(
-    timm: Any, weights: str | os.PathLike[str] | None, expected_sha256: str | None
+    timm: Any, weights: Where | None, expected_sha256: str | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """timm's overlay that makes it load `weights`, and their provenance."""
     if weights is None:

@@ -6,13 +6,12 @@ Inception network with its own resize, the published reference statistics.
 """
 
 import hashlib
-import os
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,8 @@ from tqdm import tqdm
 from fastgan.common import distributed
 from fastgan.common.errors import UserError
 from fastgan.common.files import file_sha256
-from fastgan.evaluation.features import FeatureExtractor
+from fastgan.data.dataset import ImageDataset, subset_indices
+from fastgan.evaluation.features import FeatureExtractor, Where
 from fastgan.evaluation.frechet import (
     FeatureStatistics,
     Statistics,
@@ -37,20 +37,8 @@ QUANTISATION = "trunc(clip(127.5 x + 128, 0, 255))"
 _MAX_RUNS = 4
 
 
-class ImageSource(Protocol):
-    """What evaluation needs of a dataset."""
-
-    def __len__(self) -> int: ...
-
-    def images(self, indices: np.ndarray) -> np.ndarray:
-        """uint8 [k, C, H, W]."""
-        ...
-
-    def provenance(self) -> dict[str, Any]: ...
-
-
 def dataset_statistics(
-    dataset: ImageSource,
+    dataset: ImageDataset,
     extractor: FeatureExtractor,
     batch: int,
     *,
@@ -64,9 +52,9 @@ def dataset_statistics(
     """
     assert max_images is None or indices is None, "max_images and indices exclude each other"
     source: dict[str, Any] = {"dataset": dataset.provenance()}
-    chosen = np.arange(len(dataset)) if indices is None else np.asarray(indices, dtype=np.int64)
-    if max_images is not None and max_images < len(dataset):
-        chosen = np.sort(np.random.default_rng(0).permutation(len(dataset))[:max_images])
+    chosen = np.asarray(range(len(dataset)) if indices is None else indices, dtype=np.int64)
+    if max_images is not None:
+        chosen = subset_indices(len(dataset), max_images)
     if len(chosen) < len(dataset):
         source["indices"] = describe_integers(chosen.tolist())
     batches = (torch.as_tensor(dataset.images(own)) for own in _own_share(chosen, batch))
@@ -92,11 +80,7 @@ def generator_statistics(
 
 
 def npz_statistics(
-    path: str | os.PathLike[str],
-    extractor: FeatureExtractor,
-    batch: int,
-    *,
-    progress: bool = False,
+    path: Where, extractor: FeatureExtractor, batch: int, *, progress: bool = False
 ) -> Statistics:
     """Feature statistics of the images in an .npz (entry `arr_0`, uint8 NHWC)."""
     source = {"file": Path(path).name, "sha256": file_sha256(path), "entry": "arr_0"}
@@ -105,9 +89,7 @@ def npz_statistics(
     return _accumulate(batches, extractor, count_images(path), source, progress)
 
 
-def load_reference(
-    path: str | os.PathLike[str], extractor: FeatureExtractor, batch: int = 64
-) -> Statistics:
+def load_reference(path: Where, extractor: FeatureExtractor, batch: int = 64) -> Statistics:
     """Reference statistics from a file: its mu and sigma, or computed from its images.
 
     A file with both (ADM's) is used by its mu and sigma under the paper's Inception protocol, and
@@ -141,13 +123,17 @@ def score(
     if quantisation is None and seeds is not None:
         quantisation = QUANTISATION
     counts = [s.n for s in (generated, reference) if s.n is not None]
+    # The result names the extractor once.
+    sources = [{**s.source} for s in (generated, reference)]
+    for source in sources:
+        source.pop("extractor", None)
     return {
         "metric": metric_name(extractor.name, generated.n or 0),
         "value": value,
         "n": generated.n,
         "seeds": seeds,
-        "generated": _without_extractor(generated.source),
-        "reference": {**_without_extractor(reference.source), "n": reference.n},
+        "generated": sources[0],
+        "reference": {**sources[1], "n": reference.n},
         "extractor": extractor.provenance(),
         "resize": extractor.resize,
         "quantisation": quantisation,
@@ -191,11 +177,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _without_extractor(source: dict[str, Any]) -> dict[str, Any]:
-    """A source without its extractor, which the result names once."""
-    return {key: value for key, value in source.items() if key != "extractor"}
-
-
 def _own_share(values: np.ndarray, batch: int) -> list[np.ndarray]:
     """This process's batches: every size-th value, cut into pieces of at most `batch`."""
     if batch < 1 or len(values) == 0:
@@ -226,9 +207,7 @@ def _accumulate(
     return statistics.finish({**source, "extractor": extractor.provenance()})
 
 
-def _check_extractor(
-    statistics: Statistics, extractor: FeatureExtractor, path: str | os.PathLike[str]
-) -> None:
+def _check_extractor(statistics: Statistics, extractor: FeatureExtractor, path: Where) -> None:
     """Statistics must come from this extractor; strangers' files tell it by their size only."""
     if statistics.dim != extractor.dim:
         raise UserError(

@@ -1,11 +1,14 @@
-"""The importer reads what EDM wrote bit by bit, runs nothing, and says no in one line."""
+"""The importer reads what EDM wrote bit by bit, runs nothing, and says no in one line.
 
+Flipped bits, truncations, programs, bombs: tests/hostile/edm_pickle.py.
+"""
+
+import hashlib
 import json
 import os
 import pickle
-import random
+import runpy
 from collections import OrderedDict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,24 +27,16 @@ from edm_writer import (
 )
 
 from fastgan.checkpoint import edm_pickle, inert_pickle
-from fastgan.checkpoint.edm_pickle import read_edm_pickle
+from fastgan.checkpoint.edm_pickle import import_edm, read_edm_pickle
 from fastgan.checkpoint.edm_records import PERSISTENT, architecture, read_tensors
 from fastgan.checkpoint.inert_pickle import Record
-from fastgan.checkpoint.network_file import require_fit
+from fastgan.checkpoint.network_file import load_network_file, require_fit
 from fastgan.common.errors import UserError
 from fastgan.models import network_from_config
+from tests import conftest
 
-TINY = {
-    "precond": "EDMPrecond",
-    "img_resolution": 8,
-    "img_channels": 1,
-    "label_dim": 3,
-    "model_type": "DhariwalUNet",
-    "model_channels": 8,
-    "channel_mult": [1],
-    "num_blocks": 1,
-    "attn_resolutions": [],
-}
+TOOL = Path(__file__).parents[2] / "tools" / "import_edm.py"
+TINY = {**conftest.TINY, "precond": "EDMPrecond", "label_dim": 3, "channel_mult": [1]}
 
 
 def tiny_tree(source: str = ""):
@@ -57,8 +52,10 @@ def refusal(path: Path, network: str = "ema") -> str:
     return message
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-@pytest.mark.parametrize("name", ["ncsnpp_uncond_d2o", "ddpmpp_cond_edm", "adm_cond_d2o"])
+@pytest.mark.parametrize(
+    ("name", "protocol"),
+    [("ncsnpp_uncond_d2o", 2), ("ddpmpp_cond_edm", 3), ("adm_cond_d2o", 4), ("adm_cond_d2o", 5)],
+)
 def test_every_tensor_is_bit_identical_and_nothing_runs(tmp_path, name, protocol):
     config, state = golden_network(name)
     marker = tmp_path / "marker"
@@ -141,9 +138,7 @@ def test_published_layouts_fit_exactly(name):
         (os.system, ("true",), f"{os.system.__module__}.system"),
         (eval, ("1",), "builtins.eval"),
         (getattr, ("", "join"), "builtins.getattr"),
-        (partial, (print,), "functools.partial"),
         (torch.load, ("x",), "torch.serialization.load"),
-        (np.load, ("x",), "numpy.load"),
     ],
 )
 @pytest.mark.parametrize("protocol", [2, 4])
@@ -153,46 +148,6 @@ def test_other_globals_are_refused_by_name(tmp_path, function, arguments, name, 
     message = refusal(write_pickle(tmp_path / "bad.pkl", root, protocol))
     # protocol 2 writes Python 2's module name
     assert name in message or name.replace("builtins", "__builtin__") in message
-
-
-@pytest.mark.parametrize(
-    "program",
-    {
-        "persistent id": b"\x80\x04K\x01Q.",
-        "call of a number": b"\x80\x04K\x01)R.",
-        "duplicate": b"\x80\x04]2.",
-        "extension": b"\x80\x04\x82\x01.",
-        "state of a class": b"\x80\x04ctorch.nn.modules.linear\nLinear\n}b.",
-        "state of a dict": b"\x80\x04}}b.",
-        "unhashable key": b"\x80\x04}](s.",
-        "empty stack": b"\x80\x040.",
-        "not a dict": b"\x80\x04]K\x01a.",
-        "only a header": b"\x80",
-        "huge string": b"\x80\x04\x8d" + b"\xff" * 7 + b"\x7f" + b".",
-        "huge frame": b"\x80\x04\x95" + b"\xff" * 7 + b"\x7f" + b"}.",
-        "escapes": b"\x80\x04c\x1b[31mos\nsys\x07tem\n.",
-    }.items(),
-    ids=lambda item: item[0],
-)
-def test_hostile_programs_end_in_one_line(tmp_path, program):
-    path = tmp_path / "bad.pkl"
-    path.write_bytes(program[1])
-    assert refusal(path).isprintable()
-
-
-def test_bombs_are_harmless(tmp_path):
-    """Memo indices, endless hashes and deep nesting: refused or skipped, in no time."""
-    path = tmp_path / "bomb.pkl"
-    # One index of 2^31 makes the standard unpickler fill 32 GB with its memo.
-    path.write_bytes(b"\x80\x04}r\xff\xff\xff\x7f.")
-    assert "no network 'ema'" in refusal(path)
-    nested = b"K\x01" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60))
-    path.write_bytes(b"\x80\x04}" + nested + b"K\x01s.")
-    assert "tuple as a key" in refusal(path)
-    path.write_bytes(b"\x80\x04}X\x03\x00\x00\x00ema" + nested + b"s.")
-    assert "tuple where a module belongs" in refusal(path)
-    path.write_bytes(b"\x80\x04}X\x01\x00\x00\x00a" + b"(" * 200_000 + b"t" * 200_000 + b"s.")
-    assert "no network 'ema'" in refusal(path)
 
 
 def test_too_many_instructions_and_too_large_files(tmp_path, monkeypatch):
@@ -222,15 +177,8 @@ def rebuilt(offset, size, stride, values: torch.Tensor | None = None):
     [
         (0, (32, 9), (9, 1), "does not fit its storage of 256 values"),
         (1, (32, 8), (8, 1), "does not fit its storage of 256 values"),
-        (1 << 80, (32, 8), (8, 1), "does not fit its storage of 256 values"),
-        (0, (1 << 40, 1 << 40), (0, 0), "more bytes than the file has"),
         (0, (1 << 20, 1 << 10), (0, 0), "more bytes than the file has"),
         (-1, (32, 8), (8, 1), "no whole numbers"),
-        (0, (-32, -8), (8, 1), "no whole numbers"),
-        (0, (32, 8), (8, -1), "no whole numbers"),
-        (0, (32.0, 8), (8, 1), "no whole numbers"),
-        (0, [32, 8], (8, 1), "no whole numbers"),
-        (0, (True, 8), (8, 1), "no whole numbers"),
         (0, (32, 8), (8,), "2 sizes with 1 strides"),
     ],
 )
@@ -251,22 +199,6 @@ def test_a_view_comes_out_as_the_values_it_shows(tmp_path):
     assert weight.untyped_storage().nbytes() == weight.nbytes
 
 
-@pytest.mark.parametrize(
-    "blob",
-    {
-        "zip": b"PK\x03\x04" + bytes(100),
-        "text": b"hello",
-        "pickle": pickle.dumps({"a": 1}),
-        "header": b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.",
-    }.items(),
-    ids=lambda item: item[0],
-)
-def test_bad_storages_are_refused_by_tensor(tmp_path, blob):
-    storage = Call(torch.storage._load_from_bytes, blob[1])
-    call = Call(torch._utils._rebuild_tensor_v2, storage, 0, (2,), (1,), False, OrderedDict())
-    assert "model.map_layer0.weight" in refusal(write_pickle(tmp_path / "b", with_weight(call)))
-
-
 def test_integers_and_wrong_shapes_are_refused(tmp_path):
     path = tmp_path / "bad.pkl"
     message = refusal(write_pickle(path, with_weight(torch.ones(32, 8, dtype=torch.int32))))
@@ -285,7 +217,7 @@ def test_modules_that_contain_themselves_are_refused(tmp_path):
         read_tensors(record, 100, "here")
 
 
-@pytest.mark.parametrize("name", ["VPPrecond", "VEPrecond", "iDDPMPrecond", "Discriminator"])
+@pytest.mark.parametrize("name", ["VPPrecond", "Discriminator"])
 def test_other_classes_are_refused_by_name(tmp_path, name):
     root = edm_root(module_tree({**TINY, "precond": name}, {"model.w": torch.ones(1)}))
     assert name in refusal(write_pickle(tmp_path / "bad.pkl", root))
@@ -319,12 +251,7 @@ def test_missing_network_names_what_is_there(tmp_path):
     ("changes", "named"),
     [
         ({"img_resolution": 1 << 40}, "img_resolution"),
-        ({"num_blocks": 10**9}, "num_blocks"),
-        ({"num_blocks": "4"}, "num_blocks"),
-        ({"label_dim": True}, "label_dim"),
-        ({"channel_mult": [1] * 1000}, "channel_mult"),
         ({"channel_mult": [1, 2.5]}, "channel_mult"),
-        ({"resample_filter": "11"}, "resample_filter"),
         ({"model_type": "UNet"}, "model_type"),
         ({"sigma_data": float("nan")}, "sigma_data"),
         ({"attention": {"heads": 2}}, "attention"),
@@ -338,35 +265,43 @@ def test_bad_constructor_arguments_are_named(tmp_path, changes, named):
     assert named in refusal(write_pickle(tmp_path / "bad.pkl", edm_root(tree)))
 
 
-def read_or_refuse(path: Path) -> bool:
-    try:
-        read_edm_pickle(path)
-    except UserError as error:
-        assert "\n" not in str(error)
-        return False
-    return True
+def test_import_writes_a_network_file_with_its_origin(tmp_path):
+    source = write_pickle(tmp_path / "edm-tiny.pkl", edm_root(tiny_tree()))
+    destination = tmp_path / "tiny.safetensors"
+    said = import_edm(source, destination)
+    file = load_network_file(destination)
+    expected = read_edm_pickle(source)
+    assert file.config == TINY
+    assert all(torch.equal(file.state[k], v) for k, v in expected.state.items())
+    assert file.metadata["license"] == "CC-BY-NC-SA-4.0"
+    assert file.metadata["base_model"] == "edm-tiny"
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    assert file.metadata["base_sha256"] == said["base_sha256"] == digest
+    assert file.provenance["source_class"] == said["source_class"] == "EDMPrecond"
+    with pytest.raises(UserError, match="file exists"):
+        import_edm(source, destination)
+    with pytest.raises(UserError, match="one file"):
+        import_edm(source, source, force=True)
+    destination.write_bytes(b"old")
+    import_edm(source, destination, force=True)
+    assert load_network_file(destination).metadata == file.metadata
 
 
-def test_truncated_files_are_refused(tmp_path):
-    content = write_pickle(tmp_path / "net.pkl", edm_root(tiny_tree())).read_bytes()
-    path = tmp_path / "cut.pkl"
-    for end in sorted({*range(0, 200, 7), *range(200, len(content), 487), len(content) - 1}):
-        path.write_bytes(content[:end])
-        assert not read_or_refuse(path), end
+def test_the_command_ends_in_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    source = write_pickle(tmp_path / "net.pkl", edm_root(tiny_tree()))
+    destination = tmp_path / "out" / "net.safetensors"
+    destination.parent.mkdir()
 
+    def command(*options: str) -> int:
+        monkeypatch.setattr("sys.argv", ["import_edm.py", str(source), str(destination), *options])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(TOOL), run_name="__main__")
+        return end.value.code
 
-def test_flipped_bits_are_refused_or_read_and_never_run(tmp_path):
-    marker = tmp_path / "marker"
-    tree = tiny_tree(f"open({str(marker)!r}, 'w').close()")
-    content = write_pickle(tmp_path / "net.pkl", edm_root(tree)).read_bytes()
-    dice = random.Random(5)
-    path = tmp_path / "flipped.pkl"
-    outcomes = []
-    for _ in range(400):
-        damaged = bytearray(content)
-        for _ in range(dice.choice((1, 1, 3, 20))):
-            damaged[dice.randrange(len(damaged))] ^= 1 << dice.randrange(8)
-        path.write_bytes(damaged)
-        outcomes.append(read_or_refuse(path))
-    assert not marker.exists()
-    assert any(outcomes) and not all(outcomes)
+    assert command("--network", "net") == 1
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error: no network 'net'") and err.count("\n") == 1
+    assert not list(destination.parent.iterdir())
+    assert command() == 0
+    assert json.loads(capsys.readouterr().out)["source_class"] == "EDMPrecond"
+    assert list(destination.parent.iterdir()) == [destination]

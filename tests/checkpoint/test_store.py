@@ -1,7 +1,11 @@
-"""Checkpoints of a run: whole or absent, newest and best kept, damage told in one line."""
+"""Checkpoints of a run: whole or absent, newest and best kept, damage told in one line.
+
+And saving beside the training: what is written, when it is waited for, how failures come back.
+"""
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from fastgan.checkpoint import store
 from fastgan.checkpoint.network_file import load_network_file, network_from_file
 from fastgan.checkpoint.store import (
     Checkpoint,
+    CheckpointWriter,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -136,7 +141,7 @@ def test_a_power_cut_before_the_pointer_moves_is_harmless(
     assert names(tmp_path) == ["4", "8", "latest"]
 
 
-@pytest.mark.parametrize("text", ["", "../0000000004", "9", "/", "\xff\xfe", "0000000004 x"])
+@pytest.mark.parametrize("text", ["", "../0000000004", "9", "\xff\xfe"])
 def test_a_pointer_to_nowhere(tmp_path: Path, text: str) -> None:
     save(tmp_path, 4)
     (tmp_path / "latest").write_bytes(text.encode("latin1"))
@@ -144,43 +149,40 @@ def test_a_pointer_to_nowhere(tmp_path: Path, text: str) -> None:
         latest_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("file", ["ema.safetensors", "training.safetensors", "meta.json"])
-@pytest.mark.parametrize("damage", ["truncated", "missing", "junk"])
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("ema.safetensors", "truncated"),
+        ("training.safetensors", "truncated"),
+        ("training.safetensors", "missing"),
+        ("meta.json", "truncated"),
+        ("meta.json", "missing"),
+        ("meta.json", "[1, 2]"),
+        ("meta.json", "[" * 100_000),
+        ("meta.json", '{"nimg": 1e999, "iteration": 0, "metrics": {}, "sha256": {}}'),
+    ],
+)
 def test_damage_is_told_in_one_line(tmp_path: Path, file: str, damage: str) -> None:
     path = save(tmp_path, 4)
     content = (path / file).read_bytes()
-    if damage == "missing":
-        (path / file).unlink()
-    else:
-        (path / file).write_bytes(content[:-9] if damage == "truncated" else b"[1, 2]")
-    with pytest.raises(UserError) as caught:
+    (path / file).unlink()
+    if damage != "missing":
+        (path / file).write_bytes(content[:-9] if damage == "truncated" else damage.encode())
+    with pytest.raises(UserError, match="damaged checkpoint") as caught:
         load_checkpoint(path)
     assert "\n" not in str(caught.value) and "0000000004" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "facts", [{}, {"nimg": "x"}, [], {"metrics": 3}, {"sha256": {}}, {"sha256": "0"}]
-)
-def test_wrong_facts(tmp_path: Path, facts: object) -> None:
-    path = save(tmp_path, 4)
-    right = json.loads((path / "meta.json").read_text())
-    (path / "meta.json").write_text(json.dumps({**right, **facts} if facts else facts))
-    with pytest.raises(UserError, match="damaged checkpoint"):
-        load_checkpoint(path)
-    # A neighbour whose facts are damaged does not stop the next checkpoint.
+    # A neighbour that is damaged does not stop the next checkpoint.
     save(tmp_path, 8)
 
 
-@pytest.mark.parametrize(
-    "content",
-    ["[" * 100_000, '{"nimg": 1e999, "iteration": 0, "metrics": {}, "sha256": {}}', "[]", '"x"'],
-)
-def test_strange_facts_are_a_damaged_checkpoint(tmp_path: Path, content: str) -> None:
-    path = save(tmp_path, 40)
-    (path / "meta.json").write_text(content)
+@pytest.mark.parametrize("facts", [{"nimg": "x"}, {"metrics": 3}, {"sha256": {}}, {"sha256": "0"}])
+def test_wrong_facts(tmp_path: Path, facts: dict[str, object]) -> None:
+    path = save(tmp_path, 4)
+    right = json.loads((path / "meta.json").read_text())
+    (path / "meta.json").write_text(json.dumps(right | facts))
     with pytest.raises(UserError, match="damaged checkpoint"):
         load_checkpoint(path)
-    save(tmp_path, 80)
+    save(tmp_path, 8)
 
 
 def test_a_pipe_keeps_nobody_waiting(tmp_path: Path) -> None:
@@ -197,3 +199,84 @@ def test_leftovers_of_killed_saves_go_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / ".latest.abcd.part").touch()
     save(tmp_path, 40)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".snapshot", "0000000040", "latest"]
+
+
+def checkpoint(nimg: int, value: torch.Tensor) -> Checkpoint:
+    return Checkpoint(dict(TINY), AVERAGE, {"generator/w": value}, nimg, nimg // 4, {}, {})
+
+
+def saved(folder: Path) -> list[int]:
+    return sorted(int(p.name) for p in folder.iterdir() if p.is_dir())
+
+
+class Held:
+    """save_checkpoint, which waits until it may, and tells that it began."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.may = threading.Semaphore(0), threading.Semaphore(0)
+        self._save = store.save_checkpoint
+        monkeypatch.setattr(store, "save_checkpoint", self)
+
+    def __call__(self, *given: object, **named: object) -> Path:
+        self.begun.release()
+        assert self.may.acquire(timeout=30)
+        return self._save(*given, **named)  # type: ignore[arg-type]
+
+
+def test_values_are_those_of_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, value = Held(monkeypatch), torch.ones(3)
+    with CheckpointWriter(tmp_path, keep=2, main=True) as writer:
+        writer.save(checkpoint(4, value))
+        assert held.begun.acquire(timeout=30)
+        value.zero_()
+        assert not (tmp_path / "latest").exists()
+        held.may.release()
+    assert load_checkpoint(tmp_path / "0000000004").training["generator/w"].tolist() == [1.0] * 3
+
+
+def test_one_at_a_time_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(monkeypatch)
+    with CheckpointWriter(tmp_path, keep=5, main=True) as writer:
+        writer.save(checkpoint(4, torch.ones(3)))
+        second = threading.Thread(target=writer.save, args=(checkpoint(8, torch.ones(3)),))
+        second.start()
+        assert held.begun.acquire(timeout=30)
+        assert not held.begun.acquire(timeout=0.2) and second.is_alive()
+        held.may.release(2)
+        second.join(timeout=30)
+    assert saved(tmp_path) == [4, 8]
+
+
+@pytest.mark.parametrize("how", ["check", "save", "finish", "leave"])
+def test_a_failure_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    def full(*given: object, **named: object) -> Path:
+        raise UserError("no space left")
+
+    monkeypatch.setattr(store, "save_checkpoint", full)
+    with (
+        pytest.raises(UserError, match="no space left"),
+        CheckpointWriter(tmp_path, keep=2, main=True) as writer,
+    ):
+        writer.save(checkpoint(4, torch.ones(3)))
+        writer._thread.submit(lambda: None).result()
+        if how == "save":
+            writer.save(checkpoint(8, torch.ones(3)))
+        elif how != "leave":
+            getattr(writer, how)()
+        assert how == "leave"
+
+
+def test_what_ends_the_block_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(monkeypatch)
+    held.may.release()
+    with pytest.raises(ZeroDivisionError), CheckpointWriter(tmp_path, keep=2, main=True) as writer:
+        writer.save(checkpoint(4, torch.ones(3)))
+        raise ZeroDivisionError
+    # And what had begun is written.
+    assert load_checkpoint(tmp_path / "0000000004").nimg == 4
+
+
+def test_other_processes_write_nothing(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path, keep=2, main=False) as writer:
+        writer.save(checkpoint(4, torch.ones(3)))
+    assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ from PIL import Image
 
 from fastgan.common.errors import UserError
 from fastgan.data import open_dataset
+from tests.data.pictures import refusal
 
 PIXELS = np.random.default_rng(5).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
 
@@ -19,12 +20,6 @@ def put(root: Path, *names: str) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(PIXELS[index]).save(root / name, "PNG")
     return root
-
-
-def refusal(path: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        open_dataset(path)
-    return str(caught.value)
 
 
 def test_edm_layout(tmp_path: Path) -> None:
@@ -41,11 +36,6 @@ def test_class_folders_in_alphabetical_order(tmp_path: Path) -> None:
     assert dataset.labels is not None and dataset.labels.tolist() == [0, 0, 1, 2]
     assert dataset.labels.dtype == np.int64 and dataset.label_dim == 3
     assert np.array_equal(dataset.images(np.arange(4)), PIXELS[[3, 1, 2, 0]].transpose(0, 3, 1, 2))
-
-
-def test_numbered_chunks_are_no_classes(tmp_path: Path) -> None:
-    dataset = open_dataset(put(tmp_path, "00000/img00000000.png", "01000/img00001000.png"))
-    assert dataset.labels is None and dataset.label_dim == 0
 
 
 def test_an_index_without_labels_beats_class_folders(tmp_path: Path) -> None:
@@ -68,34 +58,23 @@ def test_the_fingerprint_changes_with_names(tmp_path: Path) -> None:
     assert one["dataset"] == "one" and one["resampling"] == "not recorded"
 
 
-def test_links_that_leave_the_folder(tmp_path: Path) -> None:
-    put(tmp_path, "set/a.png", "set/more/b.png", "secret.png", "out/c.png")
-    (tmp_path / "set/inside.png").symlink_to("more/b.png")
-    assert len(open_dataset(tmp_path / "set")) == 3
-    (tmp_path / "set/outside.png").symlink_to("../secret.png")
-    assert "link leaves the folder, link 'outside.png'" in refusal(tmp_path / "set")
-
-
 @pytest.mark.parametrize(
     ("target", "said"),
     [
         ("../out", "link leaves the folder"),
+        ("../out/c.png", "link leaves the folder"),
         ("more", "link to a folder"),
-        (".", "link to a folder"),
         ("nowhere", "broken link"),
         ("link", "broken link"),
     ],
 )
-def test_links_to_folders_and_to_nothing(tmp_path: Path, target: str, said: str) -> None:
+def test_links(tmp_path: Path, target: str, said: str) -> None:
     put(tmp_path, "set/a.png", "set/more/b.png", "out/c.png")
+    (tmp_path / "set/inside.png").symlink_to("more/b.png")
+    (tmp_path / "alias").symlink_to("set")
+    assert len(open_dataset(tmp_path / "alias")) == 3
     (tmp_path / "set/link").symlink_to(target)
     assert f"{said}, link 'link'" in refusal(tmp_path / "set")
-
-
-def test_a_folder_behind_a_link_is_opened(tmp_path: Path) -> None:
-    put(tmp_path, "set/a.png")
-    (tmp_path / "alias").symlink_to("set")
-    assert len(open_dataset(tmp_path / "alias")) == 1
 
 
 def test_a_pipe_named_like_an_image_does_not_hang(tmp_path: Path) -> None:
@@ -113,14 +92,3 @@ def test_empty_folder_and_vanished_image(tmp_path: Path) -> None:
         UserError, match=r"cannot read \(No such file or directory\), entry 'b\.png'"
     ):
         dataset.images(np.array([1]))
-
-
-def test_a_file_far_larger_than_its_pixels(tmp_path: Path) -> None:
-    put(tmp_path, "a.png", "b.png")
-    with open(tmp_path / "b.png", "ab") as file:
-        file.truncate(2_000_000)
-    assert "entry 'b.png' of folder" in refusal(tmp_path)
-
-
-def test_images_at_the_root_have_no_class(tmp_path: Path) -> None:
-    assert open_dataset(put(tmp_path, "cat/1.png", "dog/1.png", "stray.png")).labels is None

@@ -1,52 +1,27 @@
 """Datasets as training sees them: pixels, labels, subsets, and what is said of unfit images."""
 
-import io
 import json
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from fastgan.common.errors import UserError
 from fastgan.data import open_dataset
 from fastgan.data.labels import has_class_folders
+from tests.data.pictures import encoded, refusal, write_zip
 
 RNG = np.random.default_rng(7)
 COLOUR = RNG.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
-
-
-def encoded(pixels: np.ndarray, mode: str | None = None, kind: str = "PNG") -> bytes:
-    image = Image.fromarray(pixels)
-    file = io.BytesIO()
-    (image if mode is None else image.convert(mode)).save(file, kind)
-    return file.getvalue()
-
-
-def write_zip(path: Path, entries: dict[str, bytes], labels: Any = None) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in entries.items():
-            archive.writestr(name, data)
-        if labels is not None:
-            archive.writestr("dataset.json", json.dumps({"labels": labels}))
-    return path
 
 
 def colour_zip(tmp_path: Path, labels: Any = None) -> Path:
     # Written backwards: the order of a dataset is that of its sorted names.
     entries = {f"00000/{i}.png": encoded(COLOUR[i]) for i in reversed(range(6))}
     return write_zip(tmp_path / "colour.zip", entries, labels)
-
-
-def refusal(path: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        open_dataset(path)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_pixels_come_back_in_the_order_of_sorted_names(tmp_path: Path) -> None:
@@ -66,11 +41,10 @@ def test_grey_images_make_a_dataset_of_one_channel(tmp_path: Path) -> None:
     assert np.array_equal(dataset.images(np.arange(2))[:, 0], COLOUR[:2, :, :, 0])
 
 
-@pytest.mark.parametrize("extension", ["jpg", "JPEG", "webp", "bmp"])
-def test_other_extensions_are_read(tmp_path: Path, extension: str) -> None:
-    kind = {"jpg": "JPEG", "JPEG": "JPEG"}.get(extension, extension.upper())
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "BMP"])
+def test_other_kinds_are_read(tmp_path: Path, kind: str) -> None:
     flat = np.full((8, 8, 3), (200, 100, 50), np.uint8)
-    path = write_zip(tmp_path / "x.zip", {f"a.{extension}": encoded(flat, kind=kind)})
+    path = write_zip(tmp_path / "x.zip", {f"a.{kind}": encoded(flat, kind=kind)})
     image = open_dataset(path).images(np.array([0]))[0]
     assert np.abs(image.astype(int) - np.array([200, 100, 50])[:, None, None]).max() <= 4
 
@@ -102,13 +76,9 @@ def with_label(value: Any) -> list[list[Any]]:
         ([], "no label for '00000/0.png'"),
         (with_label(-1), "label -1 of '00000/3.png'"),
         (with_label(True), "label true of '00000/3.png'"),
-        (with_label(2.5), "label 2.5 of '00000/3.png'"),
         (with_label("cat"), "label \"cat\" of '00000/3.png'"),
-        (with_label(None), "label null of '00000/3.png'"),
         (with_label([0.5]), "label [0.5] of '00000/3.png'"),
-        (with_label(10**12), "label 1000000000000 of '00000/3.png'"),
         ([[n, [0.5, v]] for n, v in with_label(float("nan"))], "label [0.5, NaN] of '00000/3.png'"),
-        ([[n, [v]] for n, v in with_label(1e300)], "label [1e+300] of '00000/3.png'"),
         ([[n, [1.0] * v] for n, v in with_label(2)], "label [1.0, 1.0] of '00000/3.png'"),
         ([[n, []] for n, _ in with_label(1)], "label [] of '00000/0.png'"),
         ([*with_label(1), ["00000/2.png", 0]], "a second label for '00000/2.png'"),
@@ -126,8 +96,6 @@ def test_bad_labels_name_the_image(tmp_path: Path, labels: Any, said: str) -> No
     [
         ("{", "malformed JSON"),
         ("[" * 200_000, "malformed JSON"),
-        ('{"labels": ' + "9" * 10_000 + "}", "malformed JSON"),
-        ("[]", "no key 'labels'"),
         ('{"classes": []}', "no key 'labels'"),
     ],
 )
@@ -149,10 +117,6 @@ def test_null_labels_and_recorded_metadata(tmp_path: Path) -> None:
     json.dumps(provenance)
 
 
-def sixteen_bit_grey() -> bytes:
-    return encoded(COLOUR[0, :, :, 0].astype(np.uint16) * 257)
-
-
 def sixteen_bit_colour() -> bytes:
     """A PNG that Pillow would open as 8-bit RGB; only its header is ever looked at."""
     data = bytearray(encoded(COLOUR[0]))
@@ -165,12 +129,9 @@ ODD_IMAGES = [
     (encoded(COLOUR[0, :4, :4]), "image of 4 x 4"),
     (encoded(COLOUR[0], "P"), "image mode P"),
     (encoded(COLOUR[0], "RGBA"), "image mode RGBA"),
-    (encoded(COLOUR[0], "LA"), "image mode LA"),
-    (encoded(COLOUR[0], "1"), "image mode 1"),
     (encoded(COLOUR[0], "L"), "image mode L"),
-    (sixteen_bit_grey(), "16-bit image"),
+    (encoded(COLOUR[0, :, :, 0].astype(np.uint16) * 257), "16-bit image"),
     (sixteen_bit_colour(), "16-bit image"),
-    (b"", "unreadable image"),
     (b"no picture", "unreadable image"),
     (encoded(COLOUR[0], kind="GIF"), "unreadable image"),
 ]
@@ -195,7 +156,7 @@ def test_an_unfit_first_image_is_named_on_opening(tmp_path: Path, data: bytes, s
     )
 
 
-@pytest.mark.parametrize("position", range(0, 200, 7))
+@pytest.mark.parametrize("position", range(0, 200, 29))
 def test_a_damaged_png_is_found_when_it_is_read(tmp_path: Path, position: int) -> None:
     """In a folder nothing but the PNG's own checksums tells that a bit has flipped."""
     data = bytearray(encoded(COLOUR[1]))
@@ -229,12 +190,6 @@ def test_a_subset_is_fixed_nested_and_keeps_label_dim(tmp_path: Path) -> None:
     assert len(open_dataset(path, max_images=7)) == 6
     with pytest.raises(UserError, match="max_images=0"):
         open_dataset(path, max_images=0)
-
-
-def test_digits_by_name() -> None:
-    sizes = {name: len(open_dataset(name)) for name in ("digits", "digits/val", "digits/test")}
-    assert sizes == {"digits": 997, "digits/val": 400, "digits/test": 400}
-    assert open_dataset("digits/test", max_images=9).images(np.arange(9)).shape == (9, 1, 16, 16)
 
 
 def test_nothing_there(tmp_path: Path) -> None:

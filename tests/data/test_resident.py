@@ -1,18 +1,13 @@
 """A batch is the same wherever the images lie; what `auto` chooses, and what is refused."""
 
 import hashlib
-import io
-import json
 import re
-import threading
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fastgan import config as cfg
 from fastgan.common.distributed import World
@@ -23,7 +18,7 @@ from fastgan.data import open_dataset
 from fastgan.data.dataset import subset_indices
 from fastgan.launch import build, checks, run_dir
 from tests.command_line import CommandLine, network_file
-from tests.processes import two_processes
+from tests.data.pictures import encoded, write_zip
 
 CPU = torch.device("cpu")
 N, BATCH, SEED = 10, 4, 7
@@ -37,17 +32,13 @@ WAYS = {"resident": (True, 4), "in turn": (False, 0), "one": (False, 1), "thread
 
 def image_zip(path: Path, labels: list | None, broken: int | None = None) -> Path:
     """Ten noisy images; of image `broken` a bit of the compressed pixels is wrong."""
-    names = [f"00000/img{i:08d}.png" for i in range(N)]
-    with zipfile.ZipFile(path, "w") as archive:
-        for index, name in enumerate(names):
-            file = io.BytesIO()
-            Image.fromarray(PIXELS[index]).save(file, "PNG")
-            data = bytearray(file.getvalue())
-            data[data.index(b"IDAT") + 40] ^= index == broken
-            archive.writestr(name, bytes(data))
-        table = None if labels is None else [list(x) for x in zip(names, labels, strict=True)]
-        archive.writestr("dataset.json", json.dumps({"labels": table}))
-    return path
+    entries = {}
+    for index in range(N):
+        data = bytearray(encoded(PIXELS[index]))
+        data[data.index(b"IDAT") + 40] ^= index == broken
+        entries[f"00000/img{index:08d}.png"] = bytes(data)
+    table = labels and [list(pair) for pair in zip(entries, labels, strict=True)]
+    return write_zip(path, entries, table)
 
 
 def batches(
@@ -77,8 +68,11 @@ def way(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 2), (1, 2)])
-@pytest.mark.parametrize("kind", ["none", "classes", "vectors", "subset", "unasked"])
+@pytest.mark.parametrize(
+    ("kind", "rank", "size"),
+    [("none", 0, 1), ("classes", 0, 2), ("classes", 1, 2), ("vectors", 1, 2), ("subset", 1, 2),
+     ("unasked", 0, 1)],
+)  # fmt: skip
 def test_every_batch_is_bitwise_what_was_stored(
     tmp_path: Path, way: str, kind: str, rank: int, size: int
 ) -> None:
@@ -116,25 +110,13 @@ def test_the_digits(way: str) -> None:
 
 
 def test_what_an_iteration_got_may_be_written_to(way: str) -> None:
-    draw = batches("digits", way, 10)
-    with draw:
+    with batches("digits", way, 10) as draw:
         images, labels = draw(0)
         kept = images.clone()
         images.zero_()
         assert labels is not None and labels.zero_() is labels
         again = draw(0)
     assert torch.equal(again[0], kept) and again[1] is not None and again[1].sum() == BATCH
-
-
-def test_the_threads_end_with_the_run(tmp_path: Path) -> None:
-    def threads() -> int:
-        return sum(thread.name.startswith("decode") for thread in threading.enumerate())
-
-    before = threads()
-    with batches(image_zip(tmp_path / "x.zip", None), "threads") as draw:
-        draw(0)
-        assert threads() > before
-    assert threads() == before
 
 
 def test_resident_images_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,14 +192,6 @@ def test_auto_takes_a_quarter_of_the_free_memory(free: Callable[[int], None]) ->
     assert resident.choose(data, "auto", CPU, 2)
 
 
-@pytest.mark.parametrize(("size", "said"), [(1, "data: resident on cpu"), (2, "data: decoded")])
-def test_a_process_counts_the_others_in(free: Callable[[int], None], size: int, said: str) -> None:
-    free(5 * DIGITS_BYTES)
-    config = cfg.RunConfig(batch=BATCH, data=cfg.DataConfig(path="digits"))
-    draw = build.batches(open_dataset("digits"), config, 0, World(0, 0, size, CPU))
-    assert draw.description.startswith(said)
-
-
 def test_auto_takes_two_gigabytes_of_a_large_machine(
     free: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,7 +262,6 @@ def test_training_says_and_uses_it(
     for wish, said in (
         ("resident=auto", "data: resident on cpu, 0.00 GB"),
         ("resident=false", "data: decoded ahead by 4 threads"),
-        ("resident=false data.workers=0", "data: decoded in turn"),
     ):
         run = f"run{len(digests)}"
         ended = command(
@@ -299,34 +272,3 @@ def test_training_says_and_uses_it(
         (trained,) = Path(run).glob("checkpoints/*/training.safetensors")
         digests[said] = hashlib.sha256(trained.read_bytes()).hexdigest()
     assert len(set(digests.values())) == 1, digests
-
-
-_WORKER = "from tests.data.test_resident import worker; worker()"
-
-
-def worker() -> None:
-    """Both processes see halves of the batches that one process would see."""
-    import sys
-
-    import torch.distributed as dist
-
-    from fastgan.common import distributed
-
-    world = distributed.init("cpu", 60)
-    for way in WAYS:
-        with (
-            batches(sys.argv[1], way, 6, world.rank, world.size) as ours,
-            batches(sys.argv[1], "in turn", 6) as whole,
-        ):
-            for k in (3, 0, 1, 2):
-                for mine, all_of_it in zip(ours(k), whole(k), strict=True):
-                    assert mine is not None and all_of_it is not None
-                    halves = [torch.empty_like(mine) for _ in range(2)]
-                    dist.all_gather(halves, mine.contiguous())
-                    assert torch.equal(torch.cat(halves), all_of_it), (way, k)
-    distributed.shutdown()
-
-
-def test_two_processes(tmp_path: Path) -> None:
-    path = image_zip(tmp_path / "x.zip", CLASSES)
-    two_processes(_WORKER, str(path))

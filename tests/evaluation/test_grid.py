@@ -29,13 +29,6 @@ def test_cells_stand_row_by_row(tmp_path: Path, channels: int, mode: str) -> Non
     assert [p.name for p in tmp_path.iterdir()] == ["grid.png"]
 
 
-def test_scale_repeats_pixels(tmp_path: Path) -> None:
-    image = torch.tensor([[[[0, 9], [50, 255]]]], dtype=torch.uint8)
-    save_grid(image, tmp_path / "grid.png", 1, scale=3)
-    expected = np.kron(image[0, 0].numpy(), np.ones((3, 3), np.uint8))
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "grid.png")), expected)
-
-
 def test_labels_stand_left_of_their_rows(tmp_path: Path) -> None:
     images = _colours(4, 3)
     save_grid(images, tmp_path / "plain.png", 2, scale=4)

@@ -1,6 +1,5 @@
-"""Statistics files: EDM's format both ways, and files that lie."""
+"""Statistics files: EDM's format both ways, and files that lie; more of those in tests/hostile."""
 
-import io
 import json
 import struct
 import zipfile
@@ -76,13 +75,10 @@ def test_images_are_streamed_in_order(tmp_path: Path) -> None:
         ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"mu has shape \[3\] and sigma \[4, 4\]"),
         ({"mu": np.zeros((3, 1)), "sigma": np.eye(3)}, r"shape \[3, 1\], entry mu of"),
         ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "NaN or infinite"),
-        ({"mu": np.full(3, 1e200), "sigma": np.eye(3)}, "NaN or infinite"),
         ({"mu": np.zeros(3, np.int64), "sigma": np.eye(3)}, "int64 array .* entry mu of"),
         ({"mu": np.zeros(3), "sigma": np.triu(np.ones((3, 3)))}, "not symmetric"),
-        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "entry mu of .* 1 to 8192"),
         ({"mu": np.zeros(9000), "sigma": np.eye(3)}, "entry mu of .* 1 to 8192"),
         ({"mu": np.zeros(1), "sigma": np.eye(1), "provenance": np.array("[1]")}, "no JSON object"),
-        ({"mu": np.zeros(1), "sigma": np.eye(1), "provenance": np.array("{")}, "malformed JSON"),
         ({"mu": np.zeros(1), "sigma": np.eye(1), "provenance": np.zeros(2)}, "entry provenance"),
     ],
 )
@@ -95,9 +91,8 @@ def test_wrong_statistics(tmp_path: Path, arrays: dict, message: str) -> None:
 
 @pytest.mark.parametrize(
     "images",
-    [np.zeros((2, 4, 4, 3), np.float32), np.zeros((2, 4, 5, 3), np.uint8),
-     np.zeros((2, 3, 4, 4), np.uint8), np.zeros((0, 4, 4, 3), np.uint8)],
-)  # fmt: skip
+    [np.zeros((2, 4, 4, 3), np.float32), np.zeros((2, 4, 5, 3), np.uint8)],
+)
 def test_wrong_images(tmp_path: Path, images: np.ndarray) -> None:
     np.savez(tmp_path / "bad.npz", arr_0=images)
     with pytest.raises(UserError, match=r"entry arr_0 of .*bad\.npz"):
@@ -126,43 +121,20 @@ def test_pickles_are_refused_with_advice(tmp_path: Path, name: str) -> None:
 
 def test_declared_sizes_are_checked_before_memory_is_taken(tmp_path: Path) -> None:
     path = tmp_path / "huge.npz"
-    header = "{'descr': '<f8', 'fortran_order': False, 'shape': (8192, 8192)}"
-    _write_member(path, "mu", header.replace("(8192, 8192)", "(10000000000000,)"), b"\0" * 64)
-    with pytest.raises(UserError, match="1 to 8192"):
-        read_statistics(path)
-    _write_member(path, "mu", header.replace("(8192, 8192)", "(8,)"), b"\0" * 60)
-    with pytest.raises(UserError, match="60 bytes of 64, entry mu"):
-        read_statistics(path)
+    for header, message in {
+        "{'descr': '<f8', 'fortran_order': False, 'shape': (10000000000000,)}": "1 to 8192",
+        "{'descr': '<f8', 'fortran_order': False, 'shape': (8,)}": "60 bytes of 64, entry mu",
+        "__import__('os').getcwd()": "no readable numpy header, entry mu",
+    }.items():
+        _write_member(path, "mu", header, b"\0" * 60)
+        with pytest.raises(UserError, match=message):
+            read_statistics(path)
     images = "{'descr': '|u1', 'fortran_order': False, 'shape': (9999999999, 4, 4, 3)}"
     _write_member(path, "arr_0", images, b"\0" * 96)
     batches = read_images(path, 2)
     assert next(batches).shape == (2, 3, 4, 4)
     with pytest.raises(UserError, match="cut off"):
         next(batches)
-
-
-@pytest.mark.parametrize(
-    "header",
-    ["__import__('os').getcwd()", "(" * 100, "{'descr': 'O', 'fortran_order': 0}", "{}", "1"],
-)
-def test_hostile_headers(tmp_path: Path, header: str) -> None:
-    _write_member(tmp_path / "bad.npz", "mu", header, b"")
-    with pytest.raises(UserError, match="no readable numpy header, entry mu"):
-        read_statistics(tmp_path / "bad.npz")
-
-
-def test_damaged_files(tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, mu=np.random.default_rng(0).random(3000), sigma=np.eye(3))
-    whole = bytearray(buffer.getvalue())
-    path = tmp_path / "bad.npz"
-    whole[2000] ^= 255
-    for content in (b"", b"PK\x03\x04", bytes(whole[:500]), bytes(whole)):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=r"bad\.npz"):
-            read_statistics(path)
-    with pytest.raises(UserError, match="no such file"):
-        read_statistics(tmp_path / "absent.npz")
 
 
 def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -37,6 +37,11 @@ def _refuse(message: str) -> Callable[[Path], None]:
     return refuse
 
 
+def _follow(path: Path) -> None:
+    path.with_name("link").symlink_to("/etc/hostname")
+    path.with_name("link").open().close()
+
+
 # What it does, and what the harness says.
 MISDEEDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "raises": (lambda path: [][0], "IndexError"),
@@ -57,7 +62,7 @@ MISDEEDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "executes text": (lambda path: exec("1"), "exec"),
     "imports": (lambda path: __import__("absent_module"), "import"),
     "reads elsewhere": (lambda path: open("/etc/hostname").close(), "open"),
-    "follows a link": (lambda path: path.with_name("link").open().close(), "open"),
+    "follows a link": (_follow, "open"),
     "writes beside": (lambda path: path.with_name("x").write_text("x"), "left other files"),
     "writes elsewhere": (lambda path: Path("/dev/null").write_text("x"), "open"),
     "removes": (lambda path: path.unlink(), "left other files"),
@@ -69,16 +74,8 @@ MISDEEDS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 def cases() -> list[Case]:
-    def make(name: str) -> Callable[[Path], None]:
-        def put(path: Path) -> None:
-            path.write_text(name)
-            if name == "follows a link":
-                path.with_name("link").symlink_to("/etc/hostname")
-
-        return put
-
     expected = {"accepts": "refused", "refuses": "valid", "waits": "valid"}
-    return [Case("misdeed", name, make(name), expected.get(name)) for name in MISDEEDS]  # type: ignore[arg-type]
+    return [Case("misdeed", name, name.encode(), expected.get(name)) for name in MISDEEDS]  # type: ignore[arg-type]
 
 
 def read(path: Path) -> None:

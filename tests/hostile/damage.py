@@ -1,12 +1,18 @@
 """What accidents and simple-minded malice do to a valid file, the same for every format."""
 
 import gzip
+import os
 import random
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
 
-from tests.hostile.harness import Case
+from tests.hostile.harness import Case, Ending
+
+T = TypeVar("T")
 
 
 def damaged(valid: bytes, seed: int, hot: Sequence[tuple[int, int]] = ()) -> list[Case]:
@@ -22,86 +28,88 @@ def damaged(valid: bytes, seed: int, hot: Sequence[tuple[int, int]] = ()) -> lis
         return dice.randrange(start, min(end, len(valid)))
 
     cases = [Case("valid", "the file itself", valid, "valid")]
-    cases += [_flipped(valid, i, [place()], dice) for i in range(90)]
-    cases += [_flipped(valid, 90 + i, [place() for _ in range(8)], dice) for i in range(20)]
+    for number in range(110):
+        content, places = bytearray(valid), [place() for _ in range(1 if number < 90 else 8)]
+        for at in places:
+            content[at] ^= 1 << dice.randrange(8)
+        cases.append(Case("flip", f"{number}: at {places}", bytes(content)))
     cuts = {1, 2, 4, 8, 9, 30, len(valid) - 1, len(valid) - 2, *(place() for _ in range(60))}
-    cases += [
-        Case("cut", f"after {n} of {len(valid)}", valid[:n])
-        for n in sorted(cuts)
-        if 0 < n < len(valid)
-    ]
+    cases += [Case("cut", f"after {n}", valid[:n]) for n in sorted(cuts) if 0 < n < len(valid)]
     heads = sorted({1, 2, 8, *(place() for _ in range(6))} - {0})
     cases += [Case("cut", f"the first {n} away", valid[n:]) for n in heads]
     for number in range(12):
-        cases += _stretches(valid, number, place, dice)
-    return _distinct([*cases, *foreign(valid)])
+        at, other, length = place(), place(), dice.choice((1, 2, 4, 8, 64))
+        noise = dice.choice((bytes(length), b"\xff" * length, dice.randbytes(length)))
+        low, high = sorted((at, other))
+        changes = {
+            "insert": valid[:at] + noise + valid[at:],
+            "delete": valid[:at] + valid[at + length :],
+            "overwrite": valid[:at] + noise + valid[at + length :],
+            "splice": valid[:at] + valid[other : other + 64] + valid[at:],
+            "exchange": valid[:low] + valid[high:] + valid[low:high],
+            "append": valid + noise,
+        }
+        cases += [Case(k, f"{number}: {length} at {at}", c) for k, c in changes.items()]
+    return distinct([*cases, *_foreign(valid)])
 
 
-def _flipped(valid: bytes, number: int, places: list[int], dice: random.Random) -> Case:
-    content, bits = bytearray(valid), []
-    for at in places:
-        bit = dice.randrange(8)
-        content[at] ^= 1 << bit
-        bits.append(f"{at}.{bit}")
-    return Case("flip", f"{number}: {' '.join(bits)}", bytes(content))
-
-
-def _stretches(valid: bytes, number: int, place, dice: random.Random) -> list[Case]:  # type: ignore[no-untyped-def]
-    """Some bytes inserted, deleted, overwritten, repeated elsewhere, exchanged."""
-    at, other, length = place(), place(), dice.choice((1, 2, 4, 8, 64))
-    noise = dice.choice((bytes(length), b"\xff" * length, dice.randbytes(length)))
-    low, high = sorted((at, other))
-    swapped = valid[:low] + valid[high:] + valid[low:high]
-    where = f"{number}: {length} at {at}"
-    return [
-        Case("insert", where, valid[:at] + noise + valid[at:]),
-        Case("delete", where, valid[:at] + valid[at + length :]),
-        Case("overwrite", where, valid[:at] + noise + valid[at + length :]),
-        Case(
-            "splice", f"{where} from {other}", valid[:at] + valid[other : other + 64] + valid[at:]
-        ),
-        Case("splice", f"{number}: {low} and {high} exchanged", swapped),
-        Case("append", f"{number}: {length}", valid + noise),
-    ]
-
-
-def foreign(valid: bytes) -> list[Case]:
+def _foreign(valid: bytes) -> list[Case]:
     """Files of another kind under this name."""
-    pixel = b"\0\0\0\0"
     files = {
-        "empty": b"",
-        "one zero byte": b"\0",
-        "zeros": bytes(4096),
-        "ones": b"\xff" * 4096,
-        "newlines": b"\n" * 4096,
-        "spaces": b" " * 4096,
-        "text": b"hello, world\n",
-        "UTF-16": "hello, world".encode("utf-16"),
+        "empty": b"", "one zero byte": b"\0", "zeros": bytes(4096), "ones": b"\xff" * 4096,
+        "newlines": b"\n" * 4096, "spaces": b" " * 4096, "text": b"hello, world\n",
+        "UTF-16": "hello, world".encode("utf-16"), "NUL in text": b"abc\0def\n",
         "not UTF-8": b"\xc3\x28\xa0\xa1 \xf0\x28\x8c\x28",
-        "NUL in text": b"abc\0def\n",
         "html": b"<!DOCTYPE html><html><title>404: not found</title></html>",
         "git lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
-        "script": b"#!/bin/sh\ntouch executed\n",
+        "script": b"#!/bin/sh\ntouch executed\n", "ELF": b"\x7fELF\x02\x01\x01" + bytes(57),
         "python": b"import os\nos.system('touch executed')\n",
-        "ELF": b"\x7fELF\x02\x01\x01" + bytes(57),
-        "PNG": b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0,
-        0))
-        + png_chunk(b"IDAT", zlib.compress(pixel)) + png_chunk(b"IEND", b""),
+        "PNG": b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", b"\0\0\0\1\0\0\0\1\x08\2\0\0\0")
+        + png_chunk(b"IDAT", zlib.compress(bytes(4))) + png_chunk(b"IEND", b""),
         "JPEG": b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00\xff\xd9",
         "gzip of the file": gzip.compress(valid, mtime=0),
-        "zlib of the file": zlib.compress(valid),
-        "empty zip": b"PK\x05\x06" + bytes(18),
+        "zlib of the file": zlib.compress(valid), "empty zip": b"PK\x05\x06" + bytes(18),
         "zip64 end alone": b"PK\x06\x06" + bytes(52) + b"PK\x06\x07" + bytes(16)
         + b"PK\x05\x06" + b"\xff" * 16 + bytes(2),
         "numpy array": b"\x93NUMPY\x01\x00v\x00" + b" " * 118,
         "pickle that runs": b"\x80\x04cposix\nsystem\nX\x0e\x00\x00\x00touch executed\x85R.",
         "pickle, protocol 0": b"cos\nsystem\n(S'touch executed'\ntR.",
-        "tar": b"a.png" + bytes(95) + b"0000644\0" + bytes(404),
-        "the file twice": valid + valid,
-        "the file backwards": valid[::-1],
-        "the file in hexadecimal": valid.hex().encode(),
+        "tar": b"a.png" + bytes(95) + b"0000644\0" + bytes(404), "the file twice": valid + valid,
+        "the file backwards": valid[::-1], "the file in hexadecimal": valid.hex().encode(),
     }  # fmt: skip
-    return [Case("foreign", name, content) for name, content in files.items()]
+    return listed("foreign", files, None)
+
+
+def places(nothing: Ending = "refused", **others: Ending) -> list[Case]:
+    """What is no file where one is looked for; how a folder or a pipe ends may be given."""
+    made: dict[str, Callable[[Path], None]] = {
+        "folder": Path.mkdir, "pipe": os.mkfifo, "device": lambda p: p.symlink_to("/dev/zero"),
+        "nothing": lambda p: None,
+    }  # fmt: skip
+    ends = {"nothing": nothing, **others}
+    return [Case("place", name, make, ends.get(name, "refused")) for name, make in made.items()]
+
+
+def each(
+    kind: str, inputs: Iterable[T], made: Callable[[T], bytes], ending: Ending | None = "refused"
+) -> list[Case]:
+    """Cases of one kind that end alike, named by what they are made from, once they are wanted."""
+
+    def put(given: T, path: Path) -> None:
+        path.write_bytes(made(given))
+
+    def short(given: T) -> str:
+        return f"{given[:40] if isinstance(given, str | bytes) else str(given)[:40]!a}"
+
+    return [
+        Case(kind, f"{i}: {short(given)}", partial(put, given), ending)
+        for i, given in enumerate(inputs)
+    ]
+
+
+def listed(kind: str, contents: dict[str, bytes], ending: Ending | None = "refused") -> list[Case]:
+    """Cases of one kind that end alike, by name."""
+    return [Case(kind, name, content, ending) for name, content in contents.items()]
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:
@@ -109,7 +117,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
 
 
-def _distinct(cases: Iterable[Case]) -> list[Case]:
+def distinct(cases: Iterable[Case]) -> list[Case]:
     """Without repetitions: each content counts once."""
     seen: dict[object, Case] = {}
     for case in cases:
