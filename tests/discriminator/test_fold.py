@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastgan.discriminator.backbones import Backbone, load_backbone
-from fastgan.discriminator.fold import fold_batch_norms
+from fastgan.discriminator.backbones import Backbone, fold_batch_norms, load_backbone
 from fastgan.discriminator.projected import ProjectedDiscriminator, build_projected
 
 # Each network's BatchNorms, all of which follow a convolution.
