@@ -17,9 +17,10 @@ from fastgan.checkpoint.network_file import load_network_file
 from fastgan.common.errors import UserError
 from fastgan.data import open_dataset
 from fastgan.export import command as exporting
-from fastgan.export.card import _class_of_row, difference
+from fastgan.export.card import difference, write_grid
 from fastgan.launch import build
 from tests.command_line import CommandLine
+from tests.conftest import TINY, live_network
 from tests.export.exporting import NCSNPP, checkpoint, exported, result_file
 
 TOOL = Path(__file__).parents[2] / "tools" / "export.py"
@@ -109,18 +110,22 @@ def test_the_command_trains_from_it(tmp_path: Path, command: CommandLine) -> Non
     assert file.metadata["base_model"] == "net.safetensors"
 
 
-@pytest.mark.parametrize(("label_dim", "columns"), [(0, 1024), (3, None), (20, None)])
-def test_the_grid(label_dim: int, columns: int | None, tmp_path: Path) -> None:
-    source = checkpoint(tmp_path / "x.safetensors", label_dim=label_dim, img_channels=3)
-    exported(source, tmp_path / "net")
-    width, height = Image.open(tmp_path / "net/grid.png").size
-    assert height >= 1024 and (width == columns if columns else width > 1024)
-
-
-def test_rows_are_classes() -> None:
-    assert _class_of_row(0) == [None] * 8
-    assert _class_of_row(3) == [0, 1, 2, 0, 1, 2, 0, 1]
-    assert _class_of_row(1000) == [0, 125, 250, 375, 500, 625, 750, 875]
+@pytest.mark.parametrize(
+    ("label_dim", "classes"),
+    [(0, [None] * 8), (3, [0, 1, 2, 0, 1, 2, 0, 1]), (20, [0, 2, 5, 7, 10, 12, 15, 17])],
+)
+def test_the_grid(
+    label_dim: int, classes: list[int | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, sample_fn = [], build.sample_fn
+    monkeypatch.setattr(
+        build, "sample_fn", lambda *a, **k: asked.append(k["one_class"]) or sample_fn(*a, **k)
+    )
+    network = live_network({**TINY, "label_dim": label_dim, "img_channels": 3})
+    write_grid(network, tmp_path / "grid.png")
+    width, height = Image.open(tmp_path / "grid.png").size
+    assert height >= 1024 and (width > 1024 if label_dim else width == 1024)
+    assert asked == classes
 
 
 def test_difference() -> None:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 # After the card's lines, in an interpreter that cannot import this project.
 ALONE = """
 import sys
-sys.modules.update(fastgan=None, kernels=None)
+sys.modules.update(fastgan=None, fastgan_kernels=None)
 {lines}
 print(images.dtype, tuple(images.shape))
 """
