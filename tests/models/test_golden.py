@@ -52,9 +52,7 @@ def _results(path: Path) -> set[str]:
     }
 
 
-def changed(
-    name: str, change: Callable[[Arrays], object], folder: Path, key: str = ""
-) -> dict[str, Any]:
+def changed(name: str, change: Callable[[Arrays], object], folder: Path) -> dict[str, Any]:
     """The verdict on a golden file that `change` makes wrong."""
     arrays = load_arrays(GOLDEN / name)
     change(arrays)
