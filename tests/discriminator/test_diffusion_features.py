@@ -122,9 +122,3 @@ def test_construction_is_seeded(adm):
     a, b = (DiffusionDiscriminator(adm, SHAPE, seed=4).save_state() for _ in range(2))
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_width():
-    discriminator = DiffusionDiscriminator(ToyEncoder(), SHAPE, width=5)
-    convolutions = [m for m in discriminator.heads.modules() if isinstance(m, nn.Conv2d)]
-    assert {m.out_channels for m in convolutions} == {5, 1}

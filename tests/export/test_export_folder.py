@@ -30,7 +30,7 @@ DIGITS: dict[str, Any] = {"img_resolution": 16, "precond": "D2OPrecond"}
 NETWORKS: dict[str, dict[str, Any]] = {
     "bf16": {**DIGITS, **NCSNPP},
     "fp16": {**DIGITS, "label_dim": 10},
-    "fp32": {**DIGITS, "precond": "EDMPrecond"},
+    "fp32": {**DIGITS, "precond": "EDMPrecond", "channel_mult": [1]},
 }
 
 
@@ -138,14 +138,11 @@ def test_difference() -> None:
 
 
 def test_rounding_is_measured(tmp_path: Path) -> None:
-    source = checkpoint(tmp_path / "x.safetensors")
+    source, cpu = checkpoint(tmp_path / "x.safetensors"), torch.device("cpu")
     said, card = exported(source, tmp_path / "net", images=3)
-    before, _ = build.saved_network(str(source), torch.device("cpu"))
-    after, _ = build.saved_network(str(tmp_path / "net/net.safetensors"), torch.device("cpu"))
-    draws = [
-        build.sample_fn(net, cfg.SamplerConfig(), torch.device("cpu"))([0, 1, 2])
-        for net in (before, after)
-    ]
+    files = (source, tmp_path / "net/net.safetensors")
+    networks = [build.saved_network(str(file), cpu)[0] for file in files]
+    draws = [build.sample_fn(net, cfg.SamplerConfig(), cpu)([0, 1, 2]) for net in networks]
     apart = np.abs(np.subtract(*(d.numpy().astype(int) for d in draws)))
     assert said["rounding"]["mean"] == pytest.approx(apart.mean()) and apart.mean() > 0
     assert said["rounding"]["largest"] == apart.max()
@@ -164,14 +161,6 @@ def test_too_large(tmp_path: Path) -> None:
     assert not out.exists()
     exported(source, out, max_mib=half * 1.1)
     assert sorted(os.listdir(tmp_path)) == ["half", "net", "x.safetensors"]
-
-
-def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
-    source, out = checkpoint(tmp_path / "x.safetensors"), tmp_path / "net"
-    out.mkdir()
-    with pytest.raises(UserError, match="exists, a new folder"):
-        exported(source, out)
-    assert list(out.iterdir()) == []
 
 
 @pytest.mark.parametrize("what", [KeyboardInterrupt(), OSError(28, "No space left on device")])
@@ -212,6 +201,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
         exported(four, out)
     with pytest.raises(UserError, match="does not exist"):
         exported(tmp_path / "absent", out)
+    with pytest.raises(UserError, match="exists, a new folder"):
+        exported(source, four)
     assert sorted(os.listdir(tmp_path)) == ["edm.safetensors", "four.safetensors", "x.safetensors"]
 
 
