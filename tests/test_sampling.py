@@ -9,6 +9,8 @@ from torch import nn
 from fastgan.models import Precond
 from fastgan.models.sampling import few_step, heun, rho_grid, to_uint8
 
+ONE = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+
 
 class GaussianDenoiser(nn.Module):
     """The exact denoiser of data N(0, s^2): D(x; sigma) = s^2 / (s^2 + sigma^2) x."""
@@ -23,13 +25,6 @@ class GaussianDenoiser(nn.Module):
         return x * self.s**2 / (self.s**2 + sigma**2)
 
 
-def heun_error(steps: int, s: float = 0.5) -> float:
-    z = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    # The probability flow scales x by the standard deviation of the noisy data.
-    exact = 80 * s / sqrt(s**2 + 80**2)
-    return abs(heun(GaussianDenoiser(s), z, steps=steps).item() - exact)
-
-
 def test_grid() -> None:
     ends = 80 ** (1 / 7), 0.002 ** (1 / 7)
     middle = ((ends[0] + ends[1]) / 2) ** 7
@@ -41,7 +36,10 @@ def test_grid() -> None:
 
 
 def test_heun_converges_to_the_solution_in_second_order() -> None:
-    errors = [heun_error(steps) for steps in (32, 64, 128)]
+    # The probability flow scales x by the standard deviation of the noisy data.
+    exact = 80 * 0.5 / sqrt(0.5**2 + 80**2)
+    ends = [heun(GaussianDenoiser(0.5), ONE, steps=steps).item() for steps in (32, 64, 128)]
+    errors = [abs(end - exact) for end in ends]
     assert errors[2] < 1e-3
     assert [errors[i] / errors[i + 1] for i in (0, 1)] == pytest.approx([4, 4], rel=0.25)
 
@@ -63,8 +61,7 @@ def test_one_step_is_the_denoiser_at_80(tiny_network: Precond) -> None:
 
 @pytest.mark.parametrize("middle", [0.8, None])
 def test_two_steps(middle: float | None) -> None:
-    network = GaussianDenoiser(0.5)
-    z = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    network, z = GaussianDenoiser(0.5), ONE
     level = middle or ((80 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7
     denoised = 80 * 0.25 / (0.25 + 80**2)
     x = denoised + level / 80 * (80 - denoised)
@@ -74,8 +71,7 @@ def test_two_steps(middle: float | None) -> None:
 
 
 def test_gradients_flow_through_every_call() -> None:
-    network = GaussianDenoiser(0.5)
-    z = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    network, z = GaussianDenoiser(0.5), ONE
     few_step(network, z, steps=3).sum().backward()
     step, s = 1e-6, network.s.detach().clone()
     ends = [few_step(GaussianDenoiser(s.item() + d), z, steps=3).item() for d in (step, -step)]

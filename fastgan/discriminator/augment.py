@@ -53,8 +53,7 @@ def contrast(images: Tensor, generator: torch.Generator) -> Tensor:
 def translation(images: Tensor, generator: torch.Generator) -> Tensor:
     """Shifts by whole pixels, up to an eighth of the side either way; zeros come in."""
     n, _, height, width = images.shape
-    rows = _shifted(n, height, generator).to(images.device)
-    columns = _shifted(n, width, generator).to(images.device)
+    rows, columns = (_shifted(n, size, generator).to(images.device) for size in (height, width))
     inside = _within(rows, height)[:, None, :, None] & _within(columns, width)[:, None, None, :]
     sample = torch.arange(n, device=images.device)[:, None, None]
     rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
@@ -65,8 +64,7 @@ def translation(images: Tensor, generator: torch.Generator) -> Tensor:
 def cutout(images: Tensor, generator: torch.Generator) -> Tensor:
     """Zeroes a square of a fifth of the side; its centre may lie on the border."""
     n, _, height, width = images.shape
-    rows = _covered(n, height, generator).to(images.device)
-    columns = _covered(n, width, generator).to(images.device)
+    rows, columns = (_covered(n, size, generator).to(images.device) for size in (height, width))
     return images * ~(rows[:, None, :, None] & columns[:, None, None, :])
 
 

@@ -9,20 +9,22 @@ names (`features.*`; timm renames the classifier of a torchvision file while loa
 serves all networks. The published levels `features[:13], [:23], [:33], [:43]` are timm's 1 to 4.
 """
 
-import hashlib
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from fastgan_kernels import resize_normalize
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.fx import Node
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from fastgan.common.errors import UserError
+from fastgan.common.errors import UserError, shown
+from fastgan.common.files import file_sha256
 from fastgan.common.libraries import import_timm
 from fastgan.common.noise import seeded
-from fastgan.discriminator.fold import fold_batch_norms
 
 RESOLUTION = 224
 LEVELS = 4
@@ -31,6 +33,14 @@ MIN_GRID = 8
 VIT_CHANNELS = (96, 192, 384, 768)
 # Their few numbers, a BatchNorm's variances first of all, lose most by rounding and cost least.
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+_CONV, _BATCH_NORM = torch.ops.aten.conv2d.default, torch.ops.aten.batch_norm.default
+RANDOM = "random"
+# Networks that exist in two conventions under one timm name. A file converted from TensorFlow says
+# so by its metadata `input`: asymmetric padding, another BatchNorm eps, images scaled to [-1, 1].
+_TENSORFLOW_INPUT = "(x - 0.5) / 0.5"
+_TENSORFLOW_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
+    "mobilenetv2_100": {"pad_type": "same", "bn_eps": 1e-3},
+}
 
 
 class Backbone(nn.Module):
@@ -55,7 +65,12 @@ class Backbone(nn.Module):
         self.feature_dim = self.channels[-1]
         self.reassembly = nn.ModuleList(nn.Identity() for _ in indices)
         if len({level["reduction"] for level in info}) == 1:
-            _check_grid(name, self.size // info[0]["reduction"])
+            grid = self.size // info[0]["reduction"]
+            if grid < MIN_GRID:
+                raise UserError(
+                    f"{name} has {grid} x {grid} patches, as discriminator backbone, "
+                    f"a ViT with {MIN_GRID} x {MIN_GRID} or more expected"
+                )
             self.reassembly = _vit_reassembly(self.feature_dim)
             self.channels = list(VIT_CHANNELS)
         self.extractor = _Extractor(model, indices)
@@ -112,7 +127,8 @@ class _Extractor(nn.Module):
     def __init__(self, model: nn.Module, indices: Sequence[int]) -> None:
         super().__init__()
         self.indices = list(indices)
-        if self.by_intermediates(model):
+        self.by_intermediates = hasattr(model, "forward_intermediates")
+        if self.by_intermediates:
             model.prune_intermediate_layers(self.indices, prune_norm=True)  # type: ignore[operator]
         else:
             # Older timm releases know VGG's feature maps only this way.
@@ -121,12 +137,8 @@ class _Extractor(nn.Module):
             model = FeatureListNet(model, tuple(self.indices), flatten_sequential=True)
         self.model = model
 
-    @staticmethod
-    def by_intermediates(model: nn.Module) -> bool:
-        return hasattr(model, "forward_intermediates")
-
     def forward(self, x: Tensor) -> list[Tensor]:
-        if not self.by_intermediates(self.model):
+        if not self.by_intermediates:
             return self.model(x)
         return self.model.forward_intermediates(  # type: ignore[operator]
             x, indices=self.indices, norm=False, output_fmt="NCHW", intermediates_only=True
@@ -150,14 +162,6 @@ def _level_indices(name: str, reductions: Sequence[int]) -> list[int]:
     return list(last.values())[-LEVELS:]
 
 
-def _check_grid(name: str, grid: int) -> None:
-    if grid < MIN_GRID:
-        raise UserError(
-            f"{name} has {grid} x {grid} patches, as discriminator backbone, "
-            f"a ViT with {MIN_GRID} x {MIN_GRID} or more expected"
-        )
-
-
 def _vit_reassembly(width: int) -> nn.ModuleList:
     """Frozen random layers that spread a ViT's equal maps over strides 4, 8, 16 and 32."""
     resample = (
@@ -168,15 +172,6 @@ def _vit_reassembly(width: int) -> nn.ModuleList:
     )
     pairs = zip(VIT_CHANNELS, resample, strict=True)
     return nn.ModuleList(nn.Sequential(nn.Conv2d(width, out, 1), layer) for out, layer in pairs)
-
-
-RANDOM = "random"
-# Networks that exist in two conventions under one timm name. A file converted from TensorFlow says
-# so by its metadata `input`: asymmetric padding, another BatchNorm eps, images scaled to [-1, 1].
-_TENSORFLOW_INPUT = "(x - 0.5) / 0.5"
-_TENSORFLOW_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
-    "mobilenetv2_100": {"pad_type": "same", "bn_eps": 1e-3},
-}
 
 
 def create_model(name: str, weights: str | None) -> tuple[nn.Module, dict[str, str]]:
@@ -194,30 +189,22 @@ def create_model(name: str, weights: str | None) -> tuple[nn.Module, dict[str, s
     if weights == RANDOM:
         model = timm.create_model(name, pretrained=False)
         return model, provenance | {"weights": RANDOM}
-    if weights is None:
-        model = _download(name)
-        return model, provenance | _origin(model.pretrained_cfg)  # type: ignore[arg-type]
-    model, metadata = _from_file(name, Path(weights))
-    with open(weights, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    found = {"weights": Path(weights).name, "sha256": digest}
-    return model, provenance | found | {"license": metadata.get("license", "unknown")}
-
-
-def _download(name: str) -> nn.Module:
+    if weights is not None:
+        model, metadata = _from_file(name, Path(weights))
+        found = {"weights": Path(weights).name, "sha256": file_sha256(weights)}
+        return model, provenance | found | {"license": metadata.get("license", "unknown")}
     try:
-        return import_timm().create_model(name, pretrained=True)
+        model = timm.create_model(name, pretrained=True)
     # timm, huggingface_hub and their HTTP clients raise many unrelated types here.
     except Exception as error:
         raise UserError(
-            f"cannot download the weights of {name} ({_first_line(error)}), "
+            f"cannot download the weights of {name} ({_short(error)}), "
             f"give a local file as discriminator.weights.{name}"
         ) from error
-
-
-def _origin(cfg: dict[str, Any]) -> dict[str, str]:
+    cfg = model.pretrained_cfg
     place = cfg.get("hf_hub_id") or cfg.get("url") or "unknown"
-    return {"weights": f"timm:{place}", "license": str(cfg.get("license", "unknown"))}
+    found = {"weights": f"timm:{place}", "license": str(cfg.get("license", "unknown"))}
+    return model, provenance | found
 
 
 def _from_file(name: str, path: Path) -> tuple[nn.Module, dict[str, str]]:
@@ -235,7 +222,7 @@ def _from_file(name: str, path: Path) -> tuple[nn.Module, dict[str, str]]:
         )
     except (RuntimeError, KeyError, ValueError, AttributeError) as error:
         raise UserError(
-            f"weights do not fit the backbone {name} ({_first_line(error)}), in {path}, "
+            f"weights do not fit the backbone {name} ({_short(error)}), in {path}, "
             f"exactly the tensors of timm's {name} expected"
         ) from error
     model.pretrained_cfg.pop("state_dict")
@@ -254,22 +241,76 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     # On a broken file torch's restricted unpickler raises whatever its bytes happen to provoke.
     except Exception as error:
         raise UserError(
-            f"cannot read backbone weights ({_first_line(error)}), at {path}, "
+            f"cannot read backbone weights ({_short(error)}), at {path}, "
             "tensors saved as .safetensors or a weights-only .pth expected"
         ) from error
-    return _tensors_of(content, path), {}
-
-
-def _tensors_of(content: object, path: Path) -> dict[str, Tensor]:
-    """The state dict, also where a training script wrapped it (DeiT's files: under `model`)."""
+    # Training scripts wrap the state dict (DeiT's files: under `model`).
     for wrapper in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
         raise UserError(f"no state dict, in {path}, tensors by name expected")
-    return dict(content)
+    return dict(content), {}
 
 
-def _first_line(error: Exception, limit: int = 160) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= limit else text[:limit] + "..."
+def _short(error: Exception) -> str:
+    return shown(" ".join(str(error).split()), 160)
+
+
+@torch.no_grad()
+def fold_batch_norms(module: nn.Module, example: Tensor) -> int:
+    """Makes every BatchNorm that is proven to follow a convolution part of it; how many.
+
+        bn(conv(x; w, b)) = conv(x; s w, s (b - mean) + beta),   s = gamma / sqrt(var + eps)
+
+    In place, for a `module` in eval mode that stays there, with weights in float32 or float64;
+    `example` is an input of any numbers. Proven means, in the graph of module(example): the
+    convolution's output goes into the BatchNorm and nowhere else, both are called once, and the
+    convolution's weight is a parameter as it stands. All others stay, and so does a network of
+    which no graph can be made. Outputs and input gradients are the same to rounding.
+    """
+    assert not any(m.training for m in module.modules()), "eval mode expected"
+    norms = any(isinstance(m, nn.BatchNorm2d) for m in module.modules())
+    pairs = _foldable(module, example) if norms else []
+    for conv, norm in pairs:
+        dtype = conv.weight.dtype
+        assert dtype in (torch.float32, torch.float64), "folded before weights are stored in less"
+        # In float64, rounded once at the end.
+        wide = copy.deepcopy(conv).double(), copy.deepcopy(norm).double()
+        fused = fuse_conv_bn_eval(*wide).to(dtype)
+        conv.weight, conv.bias = fused.weight, fused.bias
+        # timm's BatchNorm also activates, and drops, which in eval mode is nothing.
+        rest = norm.get_submodule("act") if hasattr(norm, "act") else nn.Identity().eval()
+        for name, child in list(module.named_modules(remove_duplicate=False)):
+            if child is norm:
+                module.set_submodule(name, rest)
+    return len(pairs)
+
+
+def _foldable(module: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    try:
+        exported = torch.export.export(module, (example,), strict=False)
+    except Exception:  # it raises nearly anything on what it cannot trace
+        return []
+    signature = exported.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+
+    def owner(node: Node | None, key: str) -> nn.Module | None:
+        """The only module that has the graph's input `node` as its `key`; None where it is used
+        more than once, no module's or several modules' own, or the graph computes it."""
+        if node is None or node.name not in names or len(node.users) != 1:
+            return None
+        path, _, last = names[node.name].rpartition(".")
+        tensor = getattr(module.get_submodule(path), key, None)
+        owners = [m for m in module.modules() if getattr(m, key, None) is tensor]
+        return owners[0] if last == key and len(owners) == 1 else None
+
+    found = []
+    known = (nn.BatchNorm2d, import_timm().layers.BatchNormAct2d)  # others may do more besides
+    for node in exported.graph.nodes:
+        if node.target is not _BATCH_NORM or (source := node.args[0]).target is not _CONV:
+            continue
+        conv, norm = owner(source.args[1], "weight"), owner(node.args[3], "running_mean")
+        if len(source.users) == 1 and isinstance(conv, nn.Conv2d) and type(norm) in known:
+            found.append((conv, cast(nn.BatchNorm2d, norm)))
+    return found

@@ -33,9 +33,7 @@ class Discriminator(nn.Module):
         generator: torch.Generator | None = None,
     ) -> list[Tensor]:
         views = self.views(images, generator)
-        return [
-            self.judge(i, self.features(i, view, labels), labels) for i, view in enumerate(views)
-        ]
+        return [self.judge(i, self.features(i, x, labels), labels) for i, x in enumerate(views)]
 
     def views(self, images: Tensor, generator: torch.Generator | None) -> list[Tensor]:
         """What each branch looks at: the images, augmented for each of them apart."""
@@ -79,7 +77,8 @@ class Discriminator(nn.Module):
 
     def save_state(self) -> dict[str, Tensor]:
         """What a checkpoint holds: heads with their running statistics, and the random mixing."""
-        return {k: v for k, v in self.state_dict().items() if self._is_saved(k)}
+        elsewhere = tuple(f"{prefix}." for prefix in self.loaded_elsewhere)
+        return {k: v for k, v in self.state_dict().items() if not k.startswith(elsewhere)}
 
     def load_save_state(self, state: Mapping[str, Tensor]) -> None:
         """Restores `save_state`'s tensors; UserError when names or shapes differ."""
@@ -92,6 +91,3 @@ class Discriminator(nn.Module):
                 "the same backbones, label_dim and widths as when it was saved expected"
             )
         self.load_state_dict(dict(state), strict=False)
-
-    def _is_saved(self, name: str) -> bool:
-        return not name.startswith(tuple(f"{prefix}." for prefix in self.loaded_elsewhere))

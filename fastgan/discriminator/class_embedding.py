@@ -5,7 +5,7 @@ that data's own classes, hence computed here from the user's data set.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,13 @@ def class_means(
             f"at least one for each of the {dataset.label_dim} classes expected"
         )
     sums = torch.zeros(dataset.label_dim, backbone.feature_dim, dtype=torch.float64)
-    for classes, features in _batches(backbone, dataset, labels, batch):
-        sums.index_add_(0, classes, features)
+    device = next(backbone.parameters()).device
+    for indices in np.split(np.arange(len(dataset)), range(batch, len(dataset), batch)):
+        images = torch.from_numpy(dataset.images(indices)).to(device)
+        with torch.no_grad():
+            deepest = backbone.raw_features(images.float() / 127.5 - 1)[-1]
+        classes = torch.from_numpy(labels[indices]).long()
+        sums.index_add_(0, classes, deepest.mean(dim=(2, 3)).double().cpu())
     return (sums / torch.from_numpy(counts)[:, None]).float(), counts.tolist()
 
 
@@ -85,15 +90,3 @@ def load_class_embedding(path: str | Path, label_dim: int) -> Tensor:
     if not embedding.is_floating_point() or not embedding.isfinite().all():
         raise UserError(f"class embedding is not finite, in {path}, finite numbers expected")
     return embedding.float()
-
-
-def _batches(
-    backbone: Backbone, dataset: ImageDataset, labels: np.ndarray, batch: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Labels [k] and float64 pooled features [k, feature_dim] of all images, in order."""
-    for start in range(0, len(dataset), batch):
-        indices = np.arange(start, min(start + batch, len(dataset)))
-        images = torch.from_numpy(dataset.images(indices)).to(next(backbone.parameters()).device)
-        with torch.no_grad():
-            deepest = backbone.raw_features(images.float() / 127.5 - 1)[-1]
-        yield torch.from_numpy(labels[indices]).long(), deepest.mean(dim=(2, 3)).double().cpu()

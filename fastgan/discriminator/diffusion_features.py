@@ -6,7 +6,7 @@ stride-2 heads read one map per encoder resolution, and one head reads the pixel
 
 import copy
 import math
-from typing import Protocol, Self, cast
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -15,34 +15,28 @@ from fastgan.common.noise import seeded
 from fastgan.discriminator.augment import check_policy, diff_augment
 from fastgan.discriminator.base import Discriminator
 from fastgan.discriminator.heads import HeadConv2d, heads_compute_in
+from fastgan.models import Precond
 from fastgan.models.layers import cast_frozen
 
 FINAL_SIZE = 4
-
-
-class FeatureNetwork(Protocol):
-    """What is asked of the pre-trained network; fastgan.models.Precond has it."""
-
-    compute_dtype: torch.dtype | None
-
-    def features(self, x: Tensor, sigma: float, class_labels: Tensor | None = None) -> list[Tensor]:
-        """One map [N, C_i, H_i, W_i] per encoder resolution, shallow to deep."""
 
 
 class DiffusionDiscriminator(Discriminator):
     """Logits [N, patches] as a single list entry: all heads together count like one backbone.
 
     `network`: the pre-trained denoiser; its frozen copy here stays as it is while the generator
-    trains. `image_shape`: (channels, height, width). `sigma`: the noise level that the network is
-    told; images get no noise. `width`: of the heads. With `label_dim` every head adds the inner
-    product of its pooled features with a class embedding (Miyato & Koyama 2018) to its logits.
+    trains, in eval mode (dropout off). `image_shape`: (channels, height, width). `sigma`: the noise
+    level that the network is told; images get no noise. `width`: of the heads. With `label_dim`
+    every head adds the inner product of its pooled features with a class embedding (Miyato & Koyama
+    2018) to its logits.
     """
 
     loaded_elsewhere = ("network",)
+    network: Precond
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Precond,
         image_shape: tuple[int, int, int],
         sigma: float = 0.2,
         width: int = 32,
@@ -52,7 +46,7 @@ class DiffusionDiscriminator(Discriminator):
     ) -> None:
         super().__init__()
         self.sigma, self.label_dim, self.augment = sigma, label_dim, check_policy(augment)
-        self.network = _frozen_copy(network)
+        self.network = copy.deepcopy(network).requires_grad_(False).eval()
         self.provenance = [{"backbone": "diffusion encoder", "sigma": str(sigma)}]
         example = next(network.parameters()).new_zeros(1, *image_shape)
         with torch.no_grad(), seeded(seed):
@@ -67,25 +61,22 @@ class DiffusionDiscriminator(Discriminator):
 
     def features(self, index: int, view: Tensor, labels: Tensor | None) -> list[Tensor]:
         """The encoder's maps, shallow to deep, then the pixels."""
-        network = cast(FeatureNetwork, self.network)
         classes = labels if self.label_dim else None
-        return [*network.features(view, self.sigma, class_labels=classes), view]
+        return [*self.network.features(view, self.sigma, class_labels=classes), view]
 
     def judge(self, index: int, features: list[Tensor], labels: Tensor | None) -> Tensor:
         heads = zip(self.heads, features, strict=True)
         return torch.cat([head(x, labels).flatten(1) for head, x in heads], dim=1)
 
     def compute_in(self, features: torch.dtype | None, heads: torch.dtype | None) -> None:
-        self.network.compute_dtype = features  # type: ignore[assignment]
+        self.network.compute_dtype = features
         heads_compute_in(self.heads, heads)
 
     def store_frozen(self) -> None:
-        dtype = cast(FeatureNetwork, self.network).compute_dtype
-        if dtype is not None:
-            cast_frozen(self.network, dtype)
+        if self.network.compute_dtype is not None:
+            cast_frozen(self.network, self.network.compute_dtype)
 
     def train(self, mode: bool = True) -> Self:
-        """The frozen encoder stays in eval mode (dropout off)."""
         super().train(mode)
         self.network.eval()
         return self
@@ -115,7 +106,3 @@ class _StrideHead(nn.Module):
         pooled = x.to(logits.dtype).mean(dim=(2, 3))
         match = (self.embed(labels.to(logits.dtype)) * pooled).sum(dim=1)
         return logits + match[:, None, None, None] / math.sqrt(x.shape[1])
-
-
-def _frozen_copy(network: nn.Module) -> nn.Module:
-    return copy.deepcopy(network).requires_grad_(False).eval()

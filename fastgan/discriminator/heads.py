@@ -45,7 +45,13 @@ def heads_compute_in(heads: nn.Module, dtype: torch.dtype | None) -> None:
             module.compute_dtype = dtype
 
 
-class PatchHead(nn.Module):
+class _Head(nn.Module):
+    def train(self, mode: bool = True) -> Self:
+        """Stays in train mode whatever is asked."""
+        return super().train(True)
+
+
+class PatchHead(_Head):
     """One unconditional head: maps [N, in_channels, H, W] -> logits [N, 1, h, w].
 
     Blocks of 4x4 stride-2 convolution, BatchNorm and LeakyReLU halve the map from `nominal_size`
@@ -60,18 +66,14 @@ class PatchHead(nn.Module):
     ) -> None:
         super().__init__()
         blocks, channels = _down_blocks(in_channels, nominal_size, widths)
-        self.main = nn.Sequential(*blocks, _last_convolution(channels, 1))
+        self.main = nn.Sequential(*blocks, spectral_norm(HeadConv2d(channels, 1, 4, bias=False)))
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits; `labels` are ignored, so that both heads are called alike."""
         return self.main(x)
 
-    def train(self, mode: bool = True) -> Self:
-        """Stays in train mode whatever is asked."""
-        return super().train(True)
 
-
-class ConditionalPatchHead(nn.Module):
+class ConditionalPatchHead(_Head):
     """A head whose logits are inner products with a projected class embedding.
 
     `embedding` [classes, width] is copied and trained. Labels are one-hot [N, classes].
@@ -88,7 +90,7 @@ class ConditionalPatchHead(nn.Module):
         super().__init__()
         blocks, channels = _down_blocks(in_channels, nominal_size, widths)
         self.main = nn.Sequential(*blocks)
-        self.cls = _last_convolution(channels, product_width)
+        self.cls = spectral_norm(HeadConv2d(channels, product_width, 4, bias=False))
         self.embed = nn.Embedding.from_pretrained(embedding.clone(), freeze=False)
         self.embed_proj = _ScaledLinear(embedding.shape[1], product_width)
 
@@ -98,10 +100,6 @@ class ConditionalPatchHead(nn.Module):
         maps = self.cls(self.main(x)).to(self.embed.weight.dtype)
         weights = self.embed_proj(self.embed(labels.argmax(dim=1)))[:, :, None, None]
         return (maps * weights).sum(dim=1, keepdim=True) / math.sqrt(maps.shape[1])
-
-    def train(self, mode: bool = True) -> Self:
-        """Stays in train mode whatever is asked."""
-        return super().train(True)
 
 
 class _DownBlock(nn.Module):
@@ -142,7 +140,3 @@ def _down_blocks(
         channels = widths[size]
     assert size == FINAL_SIZE, f"nominal size {nominal_size} does not halve down to {FINAL_SIZE}"
     return blocks, channels
-
-
-def _last_convolution(in_channels: int, out_channels: int) -> nn.Module:
-    return spectral_norm(HeadConv2d(in_channels, out_channels, 4, bias=False))

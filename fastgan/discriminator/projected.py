@@ -4,7 +4,7 @@ Sauer et al. 2021 ("Projected GANs Converge Faster"); one list entry of logits p
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Self
 
 import torch
@@ -23,8 +23,57 @@ from fastgan.discriminator.heads import (
     heads_compute_in,
 )
 
+WIDTHS = (64, 128, 256, 512)
 # Of the mixed maps for a 224 pixel input, rounded up to powers of two, shallow to deep.
 NOMINAL_SIZES = (128, 64, 32, 16)
+
+
+class RandomProjection(nn.Module):
+    """Mixes feature maps [N, channels[i], H_i, W_i], shallow to deep, each about half as large.
+
+    Returns maps of the sizes of the next shallower ones (the first: twice its own) with
+    `out_channels` channels: widths[0], then widths[:-1]. Parameters carry the published names;
+    construct within `seeded`. Always frozen, in eval mode.
+    """
+
+    def __init__(self, channels: Sequence[int], widths: Sequence[int] = WIDTHS) -> None:
+        super().__init__()
+        self.out_channels = [widths[0], *widths[:-1]]
+        for level, (in_channels, width) in enumerate(zip(channels, widths, strict=True)):
+            self.add_module(f"layer{level}_ccm", nn.Conv2d(in_channels, width, 1))
+        for level in reversed(range(len(widths))):
+            mixing = _CrossScaleMixing(widths[level], self.out_channels[level])
+            self.add_module(f"layer{level}_csm", mixing)
+        self.requires_grad_(False).eval()
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Mixed maps, shallow to deep."""
+        height, width = features[0].shape[2:]
+        sizes = [(2 * height, 2 * width), *(x.shape[2:] for x in features[:-1])]
+        mixed: list[Tensor] = []
+        for level in reversed(range(len(features))):
+            x = self.get_submodule(f"layer{level}_ccm")(features[level])
+            if mixed:
+                x = x + mixed[0]
+            mixed.insert(0, self.get_submodule(f"layer{level}_csm")(x, sizes[level]))
+        return mixed
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode whatever is asked."""
+        return super().train(False)
+
+
+class _CrossScaleMixing(nn.Module):
+    """Upsampling (corners aligned) and a 1x1 convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.out_conv = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        # By size, not by factor: some networks' maps do not halve exactly (25 to 12).
+        x = F.interpolate(x, size, mode="bilinear", align_corners=True)
+        return self.out_conv(x)
 
 
 class ProjectedDiscriminator(Discriminator):
@@ -49,11 +98,13 @@ class ProjectedDiscriminator(Discriminator):
         self.backbones, self.branches = nn.ModuleList(backbones), len(backbones)
         projections = [RandomProjection(backbone.channels) for backbone in backbones]
         self.projections = nn.ModuleList(projections)
-        if label_dim:
-            embedding = _checked_embedding(embedding, label_dim)
-        self.heads = nn.ModuleList(
-            _BranchHeads(p.out_channels, embedding if label_dim else None) for p in projections
-        )
+        if not label_dim:
+            embedding = None
+        elif embedding is None:
+            embedding = torch.randn(label_dim, EMBEDDING_WIDTH)
+        # Published code takes the first rows of ImageNet's for any data: fishes for CIFAR's cars.
+        assert embedding is None or embedding.shape[:-1] == (label_dim,), "a row for each class"
+        self.heads = nn.ModuleList(_BranchHeads(p.out_channels, embedding) for p in projections)
         self._features_dtype: torch.dtype | None = None
         self.loaded_elsewhere = tuple(f"backbones.{i}.extractor" for i in range(len(backbones)))
         self.provenance = [backbone.provenance for backbone in backbones]
@@ -65,7 +116,9 @@ class ProjectedDiscriminator(Discriminator):
 
     def features(self, index: int, view: Tensor, labels: Tensor | None) -> list[Tensor]:
         """One backbone's mixed maps, shallow to deep."""
-        with self._arithmetic(view.device.type):
+        dtype = self._features_dtype
+        # Feature networks are anybody's: autocast knows what must be float32 in them.
+        with nullcontext() if dtype is None else torch.autocast(view.device.type, dtype):
             return self.projections[index](self.backbones[index](view))
 
     def judge(self, index: int, features: list[Tensor], labels: Tensor | None) -> Tensor:
@@ -75,12 +128,6 @@ class ProjectedDiscriminator(Discriminator):
     def compute_in(self, features: torch.dtype | None, heads: torch.dtype | None) -> None:
         self._features_dtype = features
         heads_compute_in(self.heads, heads)
-
-    def _arithmetic(self, device: str) -> AbstractContextManager[object]:
-        if self._features_dtype is None:
-            return nullcontext()
-        # Feature networks are anybody's: autocast knows what must be float32 in them.
-        return torch.autocast(device, self._features_dtype)
 
     def store_frozen(self) -> None:
         if self._features_dtype is not None:
@@ -126,69 +173,3 @@ def build_projected(
     backbones = [load_backbone(name, weights.get(name), seed=seed) for name in names]
     with seeded(seed):
         return ProjectedDiscriminator(backbones, label_dim, embedding, augment)
-
-
-def _checked_embedding(embedding: Tensor | None, label_dim: int) -> Tensor:
-    if embedding is None:
-        return torch.randn(label_dim, EMBEDDING_WIDTH)
-    # Published code takes the first rows of ImageNet's for any data set: fishes for CIFAR's cars.
-    if embedding.ndim != 2 or len(embedding) != label_dim:
-        raise UserError(
-            f"class embedding of shape {list(embedding.shape)}, in the discriminator, "
-            f"one row for each of the {label_dim} classes expected"
-        )
-    return embedding.float()
-
-
-WIDTHS = (64, 128, 256, 512)
-
-
-class RandomProjection(nn.Module):
-    """Mixes feature maps [N, channels[i], H_i, W_i], shallow to deep, each about half as large.
-
-    Returns maps of the sizes of the next shallower ones (the first: twice its own) with
-    `out_channels` channels: widths[0], then widths[:-1]. Parameters carry the published names;
-    construct within `seeded`. Always frozen, in eval mode.
-    """
-
-    def __init__(self, channels: Sequence[int], widths: Sequence[int] = WIDTHS) -> None:
-        super().__init__()
-        assert len(channels) == len(widths)
-        self.levels = len(channels)
-        self.out_channels = [widths[0], *widths[:-1]]
-        for level, (in_channels, width) in enumerate(zip(channels, widths, strict=True)):
-            self.add_module(f"layer{level}_ccm", nn.Conv2d(in_channels, width, 1))
-        for level in reversed(range(self.levels)):
-            self.add_module(
-                f"layer{level}_csm", _CrossScaleMixing(widths[level], self.out_channels[level])
-            )
-        self.requires_grad_(False).eval()
-
-    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Mixed maps, shallow to deep."""
-        height, width = features[0].shape[2:]
-        sizes = [(2 * height, 2 * width), *(x.shape[2:] for x in features[:-1])]
-        mixed: list[Tensor] = []
-        for level in reversed(range(self.levels)):
-            x = self.get_submodule(f"layer{level}_ccm")(features[level])
-            if mixed:
-                x = x + mixed[0]
-            mixed.insert(0, self.get_submodule(f"layer{level}_csm")(x, sizes[level]))
-        return mixed
-
-    def train(self, mode: bool = True) -> Self:
-        """Stays in eval mode whatever is asked."""
-        return super().train(False)
-
-
-class _CrossScaleMixing(nn.Module):
-    """Upsampling (corners aligned) and a 1x1 convolution."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.out_conv = nn.Conv2d(in_channels, out_channels, 1)
-
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        # By size, not by factor: some networks' maps do not halve exactly (25 to 12).
-        x = F.interpolate(x, size, mode="bilinear", align_corners=True)
-        return self.out_conv(x)

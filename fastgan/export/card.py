@@ -1,4 +1,4 @@
-"""The card of an exported network: README.md of its folder."""
+"""The pictures and the card of an exported network: grid.png and README.md of its folder."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,138 +11,18 @@ from torch import Tensor
 
 from fastgan import config as cfg
 from fastgan.checkpoint.network_file import NetworkFile
-from fastgan.common.errors import UserError, shown
+from fastgan.common.errors import shown
 from fastgan.evaluation.grid import save_grid
 from fastgan.evaluation.protocol import versions
 from fastgan.export.program import Checked
 from fastgan.launch import build
 from fastgan.models import Precond
 
-_LONGEST = 10_000  # characters of a text that are looked at
-# What would end a code span, and what would end a table's cell.
-_ESCAPED = {"`": "\\x60", "|": "\\x7c"}
-
-
-def code(value: object, limit: int = 120) -> str:
-    """A number or text as one code span of at most `limit` characters, give or take escapes.
-
-    Nothing in it becomes a link, an image or HTML, in a table neither.
-    """
-    if value is None:
-        return "-"
-    text = " ".join(value[:_LONGEST].split()) if isinstance(value, str) else value
-    line = shown(text, limit).strip()
-    for character, escape in _ESCAPED.items():
-        line = line.replace(character, escape)
-    return f"`{line}`" if line else "-"
-
-
-def leaves(value: object, most: int = 40) -> list[tuple[str, Any]]:
-    """The first `most` values in a JSON value with their dotted names, lists of numbers whole."""
-    return list(islice(_leaves(value, ""), most))
-
-
-def listed(value: object, most: int = 12, limit: int = 400) -> str:
-    """The same as one code span: `name resnet56, n 50000`."""
-    found = (f"{name} {shown(leaf)}" for name, leaf in leaves(value, most))
-    return code(", ".join(found), limit)
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A markdown table of cells that are markdown already."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _leaves(value: object, name: str) -> Iterator[tuple[str, Any]]:
-    prefix = f"{name}." if name else ""
-    if isinstance(value, dict):
-        for key, child in value.items():
-            yield from _leaves(child, prefix + shown(str(key), 40))
-    elif isinstance(value, list) and not _is_short(value):
-        for index, child in enumerate(value):
-            yield from _leaves(child, f"{prefix}{index}")
-    else:
-        whole = " ".join(map(shown, value)) if isinstance(value, list) else value
-        yield name, "null" if whole is None else whole
-
-
-def _is_short(values: list[Any]) -> bool:
-    return len(values) <= 16 and all(isinstance(value, int | float) for value in values)
-
-
 CPU = torch.device("cpu")
 ROWS = COLUMNS = 8
 _WIDTH = 128  # of an image in the grid, in pixels
 _BATCH = 16
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of two sets of `n` uint8 images: of their values, and the share of pixels that are equal."""
-
-    n: int
-    mean: float
-    largest: int
-    equal_pixels: float
-
-
-def is_generator(network: Precond) -> bool:
-    """Whether it has D2O's shifted preconditioning, so that one step makes an image."""
-    return network.eps > 0
-
-
-def sampler(network: Precond) -> cfg.SamplerConfig:
-    """How its images are drawn: one step of a generator, 18 of Heun's of a denoiser."""
-    if is_generator(network):
-        return cfg.SamplerConfig()
-    return cfg.SamplerConfig(kind="heun", steps=18)
-
-
-def require_pictures(network: Precond, where: Path) -> None:
-    """UserError unless its images are grey or RGB."""
-    channels = network.model.img_channels
-    if channels not in (1, 3):
-        raise UserError(f"images of {channels} channels, {where}, 1 or 3 would be right")
-
-
-def draw(network: Precond, count: int) -> Tensor:
-    """uint8 images [count, C, H, W] of the seeds 0, 1, ..., classes drawn as evaluation does."""
-    sample = build.sample_fn(network, sampler(network), CPU)
-    seeds = list(range(count))
-    return torch.cat([sample(seeds[at : at + _BATCH]) for at in range(0, count, _BATCH)])
-
-
-def write_grid(network: Precond, path: Path) -> None:
-    """8 x 8 images of the seeds 0-63; a class for each row, spread over all of them."""
-    classes = _class_of_row(network.label_dim)
-    rows = []
-    for row, one_class in enumerate(classes):
-        sample = build.sample_fn(network, sampler(network), CPU, one_class=one_class)
-        rows.append(sample(list(range(row * COLUMNS, (row + 1) * COLUMNS))))
-    labels = [f"class {each}" for each in classes] if network.label_dim else None
-    scale = max(1, _WIDTH // network.model.img_resolution)
-    save_grid(torch.cat(rows), path, COLUMNS, row_labels=labels, scale=scale)
-
-
-def difference(first: Tensor, second: Tensor) -> Difference:
-    """Between uint8 images [N, C, H, W] of the same seeds."""
-    assert first.shape == second.shape and first.dtype == second.dtype == torch.uint8
-    apart = (first.int() - second.int()).abs()
-    return Difference(
-        n=len(first),
-        mean=apart.double().mean().item(),
-        largest=int(apart.max()),
-        equal_pixels=(apart.amax(1) == 0).double().mean().item(),
-    )
-
-
-def _class_of_row(label_dim: int) -> list[int | None]:
-    if label_dim > ROWS:
-        return [row * label_dim // ROWS for row in range(ROWS)]
-    return [row % label_dim if label_dim else None for row in range(ROWS)]
-
-
+_LONGEST = 10_000  # characters of a text that are looked at
 UNSPECIFIED = "unspecified"
 LICENSES = {
     "CC-BY-NC-SA-4.0": (
@@ -171,6 +51,104 @@ _NOT_COMPARABLE = (
 
 
 @dataclass(frozen=True)
+class Difference:
+    """Of two sets of `n` uint8 images: of their values, and the share of pixels that are equal."""
+
+    n: int
+    mean: float
+    largest: int
+    equal_pixels: float
+
+
+def is_generator(network: Precond) -> bool:
+    """Whether it has D2O's shifted preconditioning, so that one step makes an image."""
+    return network.eps > 0
+
+
+def sampler(network: Precond) -> cfg.SamplerConfig:
+    """How its images are drawn: one step of a generator, 18 of Heun's of a denoiser."""
+    if is_generator(network):
+        return cfg.SamplerConfig()
+    return cfg.SamplerConfig(kind="heun", steps=18)
+
+
+def draw(network: Precond, count: int) -> Tensor:
+    """uint8 images [count, C, H, W] of the seeds 0, 1, ..., classes drawn as evaluation does."""
+    sample = build.sample_fn(network, sampler(network), CPU)
+    seeds = list(range(count))
+    return torch.cat([sample(seeds[at : at + _BATCH]) for at in range(0, count, _BATCH)])
+
+
+def write_grid(network: Precond, path: Path) -> None:
+    """8 x 8 images of the seeds 0-63; a class for each row, spread over all of them."""
+    label_dim, rows, labels = network.label_dim, [], []
+    for row in range(ROWS):
+        each = row * label_dim // ROWS if label_dim > ROWS else row % max(label_dim, 1)
+        one_class = each if label_dim else None
+        sample = build.sample_fn(network, sampler(network), CPU, one_class=one_class)
+        rows.append(sample(list(range(row * COLUMNS, (row + 1) * COLUMNS))))
+        labels.append(f"class {each}")
+    scale = max(1, _WIDTH // network.model.img_resolution)
+    save_grid(torch.cat(rows), path, COLUMNS, row_labels=labels if label_dim else None, scale=scale)
+
+
+def difference(first: Tensor, second: Tensor) -> Difference:
+    """Between uint8 images [N, C, H, W] of the same seeds."""
+    assert first.shape == second.shape and first.dtype == second.dtype == torch.uint8
+    apart = (first.int() - second.int()).abs()
+    return Difference(
+        n=len(first),
+        mean=apart.double().mean().item(),
+        largest=int(apart.max()),
+        equal_pixels=(apart.amax(1) == 0).double().mean().item(),
+    )
+
+
+def code(value: object, limit: int = 120) -> str:
+    """A number or text as one code span of at most `limit` characters, give or take escapes.
+
+    Nothing in it becomes a link, an image or HTML, in a table neither.
+    """
+    if value is None:
+        return "-"
+    text = " ".join(value[:_LONGEST].split()) if isinstance(value, str) else value
+    # What would end the span, and what would end a table's cell.
+    line = shown(text, limit).strip().replace("`", "\\x60").replace("|", "\\x7c")
+    return f"`{line}`" if line else "-"
+
+
+def leaves(value: object, most: int = 40) -> list[tuple[str, Any]]:
+    """The first `most` values in a JSON value with their dotted names, lists of numbers whole."""
+    return list(islice(_leaves(value, ""), most))
+
+
+def listed(value: object, most: int = 12, limit: int = 400) -> str:
+    """The same as one code span: `name resnet56, n 50000`."""
+    found = (f"{name} {shown(leaf)}" for name, leaf in leaves(value, most))
+    return code(", ".join(found), limit)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table of cells that are markdown already."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _leaves(value: object, name: str) -> Iterator[tuple[str, Any]]:
+    prefix = f"{name}." if name else ""
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield from _leaves(child, prefix + shown(str(key), 40))
+    elif not isinstance(value, list):
+        yield name, "null" if value is None else value
+    elif len(value) <= 16 and all(isinstance(each, int | float) for each in value):
+        yield name, " ".join(map(shown, value))
+    else:
+        for index, child in enumerate(value):
+            yield from _leaves(child, f"{prefix}{index}")
+
+
+@dataclass(frozen=True)
 class Card:
     """What a card tells; `network` and `file` are the exported ones, `source` what they are of."""
 
@@ -188,9 +166,10 @@ class Card:
 
     def markdown(self) -> str:
         """The whole card. What the files hold is quoted letter by letter, `note` as it is."""
+        said = self.file.metadata["license"]
         sections = {
             "What it is": [self._what_it_is()],
-            "Licence": [self._licence()],
+            "Licence": [LICENSES.get(said) or f"{code(said)}, as the file that was exported says."],
             "Numbers": self._numbers(),
             f"What {self.dtype} changes": [self._rounding()],
             "How to use it": self._use(),
@@ -213,10 +192,11 @@ class Card:
         else:
             what, how = f"An EDM diffusion denoiser of {images}", "18 steps of Heun's sampler each"
         picture = f"![Images of the seeds 0-63](grid.png)\n\nSeeds 0-63, {how}, not selected."
-        return [f"{what}, {_grouped(_size(self.network))} parameters.", *self._note(), picture]
+        note = [self.note] if self.note else []
+        return [f"{what}, {self._size():,} parameters.", *note, picture]
 
-    def _note(self) -> list[str]:
-        return [self.note] if self.note else []
+    def _size(self) -> int:
+        return sum(parameter.numel() for parameter in self.network.parameters())
 
     def _what_it_is(self) -> str:
         source, said = self.source, self.file.metadata
@@ -224,8 +204,8 @@ class Card:
         if said["base_model"]:
             base = f"{code(said['base_model'])}, sha256 {code(said['base_sha256'])}"
         rows = [
-            ("parameters", _grouped(_size(self.network))),
-            ("images seen in training", _grouped(self.file.nimg)),
+            ("parameters", f"{self._size():,}"),
+            ("images seen in training", f"{self.file.nimg:,}"),
             ("trained from", base),
             ("exported from", f"{code(source.path.name)}, sha256 {code(source.sha256)}"),
             ("weights", f"{self.dtype}, buffers as they were"),
@@ -233,25 +213,21 @@ class Card:
         ]
         return table(("what", "value"), rows)
 
-    def _licence(self) -> str:
-        said = self.file.metadata["license"]
-        return LICENSES.get(said) or f"{code(said)}, as the file that was exported says."
-
     def _numbers(self) -> list[str]:
         found = []
         if self.numbers:
+            before, after = self.source.state, self.file.state
+            same = all(torch.equal(t.float(), after[name].float()) for name, t in before.items())
+            other = f"the weights before rounding, {code(self.source.path.name)}"
             columns = ("metric", "value", "n", "seeds", "sampler", "extractor", "reference")
-            found += [self._measured_with(), table(columns, map(_result, self.numbers))]
+            found += [
+                f"Measured with {'exactly these weights' if same else other}.",
+                table(columns, map(_result, self.numbers)),
+            ]
         if self.training_metrics:
             rows = [(code(k), code(f"{v:.4g}")) for k, v in self.training_metrics.items()]
             found += [_NOT_COMPARABLE, table(("metric", "value"), rows)]
         return found or ["None were given."]
-
-    def _measured_with(self) -> str:
-        before, after = self.source.state, self.file.state
-        if all(torch.equal(tensor.float(), after[name].float()) for name, tensor in before.items()):
-            return "Measured with exactly these weights."
-        return f"Measured with the weights before rounding, {code(self.source.path.name)}."
 
     def _rounding(self) -> str:
         d = self.rounding
@@ -269,32 +245,29 @@ class Card:
             f"python -m fastgan.evaluate checkpoint={file} reference=DATA out=fid.json{heun} ...",
             f"python -m fastgan.train init.path={file} ...",
         )
-        without = "`device=cpu` where there is no GPU."
-        return [_fenced("\n".join(commands)), without, *(self._program() if self.program else [])]
+        shell = "\n".join(("```", *commands, "```"))
+        program = self._use_of(self.program) if self.program else []
+        return [shell, "`device=cpu` where there is no GPU.", *program]
 
-    def _program(self) -> list[str]:
-        assert self.program is not None
+    def _use_of(self, program: Checked) -> list[str]:
         model, label_dim = self.network.model, self.network.label_dim
         size = f"{model.img_channels}, {model.img_resolution}, {model.img_resolution}"
         lines = [
+            "```python",
             "import torch",
             f'generate = torch.export.load("{self.name}.pt2").module()',
             f"z = torch.randn(16, {size})",
             f"images = generate(z{', labels' if label_dim else ''})  # uint8 [16, {size}]",
+            "```",
         ]
         if label_dim:
-            lines.insert(3, f"labels = torch.eye({label_dim})[torch.randint({label_dim}, (16,))]")
-        p = self.program
+            lines.insert(4, f"labels = torch.eye({label_dim})[torch.randint({label_dim}, (16,))]")
         return [
             "Or with PyTorch alone, in float32 on the CPU:",
-            _fenced("\n".join(lines), "python"),
-            f"Of the {_grouped(p.values)} values of {p.images} images the program draws all as the "
-            f"network does, but for {_grouped(p.off_by_one)} that differ by 1.",
+            "\n".join(lines),
+            f"Of the {program.values:,} values of {program.images} images the program draws all as "
+            f"the network does, but for {program.off_by_one:,} that differ by 1.",
         ]
-
-
-def _size(network: Precond) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -306,11 +279,3 @@ def _result(found: Mapping[str, Any]) -> tuple[str, ...]:
     told = (listed(found[key]) for key in ("sampler", "extractor", "reference"))
     value = f"{found['value']:.4g}" + (" (rank deficient)" if found.get("rank_deficient") else "")
     return (code(found["metric"]), value, code(found["n"]), code(found["seeds"]), *told)
-
-
-def _grouped(number: int) -> str:
-    return f"{number:,}"
-
-
-def _fenced(text: str, language: str = "") -> str:
-    return f"```{language}\n{text}\n```"

@@ -18,16 +18,14 @@ from fastgan.export.card import (
     CPU,
     UNSPECIFIED,
     Card,
-    Difference,
     difference,
     draw,
     is_generator,
-    require_pictures,
     write_grid,
 )
 from fastgan.export.program import (
     DTYPES,
-    Checked,
+    MIB,
     check_program,
     require_size,
     write_program,
@@ -37,9 +35,7 @@ from fastgan.launch import build
 from fastgan.launch.engine import select_kernels
 from fastgan.models import Precond
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _MOST_IMAGES = 10_000
-_MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -65,13 +61,13 @@ def export(checkpoint: str, out: str | Path, options: Options) -> dict[str, Any]
     """
     assert options.dtype in DTYPES, options.dtype
     out = Path(out)
-    name = _checked_name(options, out)
+    name = options.name if options.name is not None else out.name
+    _check_options(name, options)
+    _require_new(out)
     select_kernels("auto", CPU)
     original, path = build.saved_network(checkpoint, CPU)
     source = load_network_file(path)
-    require_pictures(original, path)
-    _require_one_step(original, options, path)
-    _require_licence(options, source)
+    _check_network(original, source, options)
     numbers = [read_result(file, source) for file in options.metrics]
     measured = training_metrics(source)
     with new_folder(out) as folder:
@@ -79,8 +75,18 @@ def export(checkpoint: str, out: str | Path, options: Options) -> dict[str, Any]
         file = write_rounded(source, original, weights, options.dtype, options.license)
         values = sum(parameter.numel() for parameter in original.parameters())
         require_size(file, values, options.dtype, options.max_mib)
-        mib = file.path.stat().st_size / _MIB
-        network, rounding, program = _drawn(original, file, options)
+        # As the file holds it.
+        network, _ = build.saved_network(str(weights), CPU)
+        images = draw(network, options.images)
+        rounding = difference(draw(original, options.images), images)
+        write_grid(network, folder / "grid.png")
+        program = None
+        if options.program:
+            about = {"license": file.metadata["license"], "network_sha256": file.sha256}
+            write_program(network, folder / f"{name}.pt2", about)
+            program = check_program(folder / f"{name}.pt2", network, images)
+        digests = {each.name: file_sha256(each) for each in sorted(folder.iterdir())}
+        mib = weights.stat().st_size / MIB
         card = Card(
             name=name,
             network=network,
@@ -92,13 +98,13 @@ def export(checkpoint: str, out: str | Path, options: Options) -> dict[str, Any]
             training_metrics=measured,
             program=program,
             note=options.note,
-            sha256={each.name: file_sha256(each) for each in sorted(folder.iterdir())},
+            sha256=digests,
         )
         (folder / "README.md").write_text(card.markdown(), encoding="utf-8")
     return {
         "out": str(out),
         "mib": round(mib, 2),
-        "sha256": dict(card.sha256),
+        "sha256": digests,
         "rounding": asdict(rounding),
         "program": asdict(program) if program else None,
     }
@@ -110,8 +116,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
     UserError: `out` exists, or nothing can be written there.
     """
-    if os.path.lexists(out):
-        raise UserError(f"{out} exists, a new folder would be right")
+    _require_new(out)
     aside = out.with_name(f".{out.name}.{os.getpid()}{PART}")
     try:
         aside.mkdir(parents=True)
@@ -128,25 +133,13 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise
 
 
-def _drawn(
-    original: Precond, file: NetworkFile, options: Options
-) -> tuple[Precond, Difference, Checked | None]:
-    """The exported network as its file holds it, and what its images and program show."""
-    network, _ = build.saved_network(str(file.path), CPU)
-    images = draw(network, options.images)
-    rounding = difference(draw(original, options.images), images)
-    write_grid(network, file.path.with_name("grid.png"))
-    if not options.program:
-        return network, rounding, None
-    path = file.path.with_suffix(".pt2")
-    write_program(network, path, _about(file))
-    return network, rounding, check_program(path, network, images)
+def _require_new(out: Path) -> None:
+    if os.path.lexists(out):
+        raise UserError(f"{out} exists, a new folder would be right")
 
 
-def _checked_name(options: Options, out: Path) -> str:
-    """The files' name; UserError for options out of range."""
-    name = options.name if options.name is not None else out.name
-    if not _NAME.fullmatch(name):
+def _check_options(name: str, options: Options) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise UserError(
             f"name {name!a}, --name, at most 100 letters, digits, dots, - and _ would be right"
         )
@@ -154,30 +147,23 @@ def _checked_name(options: Options, out: Path) -> str:
         raise UserError(f"--images {options.images}, 1 to {_MOST_IMAGES} would be right")
     if options.max_mib is not None and not options.max_mib > 0:
         raise UserError(f"--max-mib {options.max_mib}, a number above 0 would be right")
-    if os.path.lexists(out):
-        raise UserError(f"{out} exists, a new folder would be right")
-    return name
 
 
-def _require_one_step(network: Precond, options: Options, path: Path) -> None:
+def _check_network(network: Precond, source: NetworkFile, options: Options) -> None:
+    """UserError where there are no pictures, no program or another licence to be had of it."""
+    channels, said = network.model.img_channels, source.metadata["license"]
+    if channels not in (1, 3):
+        raise UserError(f"images of {channels} channels, {source.path}, 1 or 3 would be right")
     if options.program and not is_generator(network):
         raise UserError(
-            f"--program with an EDM denoiser, {path}, whose sampler would be 35 networks in one "
-            "program: a one-step generator would be right"
+            f"--program with an EDM denoiser, {source.path}, whose sampler would be 35 networks in "
+            "one program: a one-step generator would be right"
         )
-
-
-def _require_licence(options: Options, source: NetworkFile) -> None:
-    said = source.metadata["license"]
     if options.license is not None and said != UNSPECIFIED:
         raise UserError(
             f"--license {options.license}, {source.path}, which is under {shown(said)!a}: "
             "that licence stays, no --license would be right"
         )
-
-
-def _about(file: NetworkFile) -> dict[str, str]:
-    return {"license": file.metadata["license"], "network_sha256": file.sha256}
 
 
 _MAX_BYTES = 1 << 20

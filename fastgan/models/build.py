@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastgan.common.errors import UserError
-from fastgan.models.dhariwal_unet import DhariwalUNet
 from fastgan.models.precond import D2O_EPS, Precond
-from fastgan.models.song_unet import SongUNet
+from fastgan.models.unets import DhariwalUNet, SongUNet
 
 _UNETS: dict[str, type[SongUNet] | type[DhariwalUNet]] = {
     "SongUNet": SongUNet,

@@ -1,7 +1,5 @@
 """Which parameters the fine-tune leaves untouched (the published rule, on the published names)."""
 
-from collections.abc import Iterable
-
 from torch import nn
 
 from fastgan.models.precond import Precond
@@ -13,12 +11,11 @@ FREEZE_SETS: tuple[tuple[str, ...], ...] = (
     ("conv", "proj", "qkv"),
     ("conv", "proj", "qkv", "skip"),
 )
-_BLOCKS = ("block", "up", "down", "in")
 
 
 def is_frozen(name: str, level: int) -> bool:
     """Whether the parameter of that published name (`model.enc...`) is frozen at `level`."""
-    inside_block = any(part in name for part in _BLOCKS)
+    inside_block = any(part in name for part in ("block", "up", "down", "in"))
     return inside_block and any(part in name for part in FREEZE_SETS[level])
 
 
@@ -27,20 +24,12 @@ def freeze(network: Precond, level: int) -> list[str]:
 
     Augmentation labels are not used in fine-tuning, so that `map_augment` does not train either.
     """
-    trainable = []
     for name, parameter in network.named_parameters():
-        trains = not is_frozen(name, level) and "map_augment" not in name
-        parameter.requires_grad_(trains)
-        if trains:
-            trainable.append(name)
-    return trainable
+        parameter.requires_grad_(not is_frozen(name, level) and "map_augment" not in name)
+    return [name for name, parameter in network.named_parameters() if parameter.requires_grad]
 
 
 def frozen_share(network: nn.Module, level: int) -> float:
     """Frozen share of the parameters in [0, 1], `map_augment` left out."""
     counts = {n: p.numel() for n, p in network.named_parameters() if "map_augment" not in n}
-    return _total(counts[n] for n in counts if is_frozen(n, level)) / _total(counts.values())
-
-
-def _total(counts: Iterable[int]) -> int:
-    return sum(counts)
+    return sum(n for name, n in counts.items() if is_frozen(name, level)) / sum(counts.values())

@@ -92,24 +92,11 @@ class GroupNorm(nn.Module):
         return Norm(self.weight, self.bias, self.num_groups, self.eps)
 
 
-def resampling_kernel(taps: Sequence[float]) -> Tensor:
-    """The separable low-pass kernel f f^T / (sum f)^2 as [1, 1, k, k] float32."""
-    f = torch.tensor(taps, dtype=torch.float32)
-    return (torch.outer(f, f) / f.sum().square())[None, None]
-
-
-def downsample_unpadded(x: Tensor, kernel: Tensor) -> Tensor:
-    """Filters each channel with `kernel` [1, 1, k, k] and keeps every second pixel."""
-    channels = x.shape[1]
-    kernel = kernel.to(x.dtype).expand(channels, 1, -1, -1)
-    return F.conv2d(x, kernel, stride=2, groups=channels)
-
-
 class Conv2d(nn.Module):
     """A k x k convolution, optionally preceded by 2x resampling; kernel 0 only resamples.
 
-    `fused` (down only: NCSN++'s aux_residual) convolves first, padded so that the filter behind it
-    needs no padding of its own.
+    The resampling filter is f f^T / (sum f)^2 of the taps f, `resample_filter`. `fused` (down only:
+    NCSN++'s aux_residual) convolves first, padded so that the filter behind needs no padding.
     """
 
     resample_filter: Tensor
@@ -136,17 +123,22 @@ class Conv2d(nn.Module):
             self.bias = nn.Parameter(torch.empty(out_channels))
             init.fill(self.weight, self.bias)
         if up or down:
-            self.register_buffer("resample_filter", resampling_kernel(resample_filter))
+            f = torch.tensor(resample_filter, dtype=torch.float32)
+            self.register_buffer("resample_filter", (f.outer(f) / f.sum().square())[None, None])
         self.taps = tuple(map(float, resample_filter))
         self._cast: tuple[tuple[object, ...], Conv] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused:
-            x = self._convolve(x, extra_padding=(len(self.taps) - 1) // 2)
-            return self._add_bias(downsample_unpadded(x, self.resample_filter))
-        if self.up or self.down:
+        if (self.up or self.down) and not self.fused:
             x = resample2x(x, self.taps, up=self.up)
-        return self._add_bias(self._convolve(x))
+        if self.weight is not None:
+            extra = (len(self.taps) - 1) // 2 if self.fused else 0
+            x = F.conv2d(x, self.weight.to(x.dtype), padding=self.weight.shape[-1] // 2 + extra)
+        if self.fused:
+            channels = x.shape[1]
+            each = self.resample_filter.to(x.dtype).expand(channels, 1, -1, -1)
+            x = F.conv2d(x, each, stride=2, groups=channels)
+        return x if self.bias is None else x + self.bias.to(x.dtype).reshape(1, -1, 1, 1)
 
     def parameters_of_conv(self, dtype: torch.dtype) -> Conv:
         """Weight and bias in `dtype`, as the fused ops take them.
@@ -171,15 +163,6 @@ class Conv2d(nn.Module):
             copy = weight.detach().to(dtype, memory_format=layout)
             self._cast = (key, Conv(copy, bias.detach().to(dtype)))
         return self._cast[1]
-
-    def _convolve(self, x: Tensor, extra_padding: int = 0) -> Tensor:
-        if self.weight is None:
-            return x
-        padding = self.weight.shape[-1] // 2 + extra_padding
-        return F.conv2d(x, self.weight.to(x.dtype), padding=padding)
-
-    def _add_bias(self, x: Tensor) -> Tensor:
-        return x if self.bias is None else x + self.bias.to(x.dtype).reshape(1, -1, 1, 1)
 
 
 def cast_frozen(network: nn.Module, dtype: torch.dtype) -> None:

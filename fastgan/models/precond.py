@@ -3,16 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from fastgan.models.dhariwal_unet import DhariwalUNet
-from fastgan.models.song_unet import SongUNet
+from fastgan.models.unets import UNet
 
 D2O_EPS = 0.002
 SIGMA_INIT = 80.0  # G(z) = D(80 z; 80)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32, or unchanged when it is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Precond(nn.Module):
@@ -25,7 +19,7 @@ class Precond(nn.Module):
 
     def __init__(
         self,
-        model: SongUNet | DhariwalUNet,
+        model: UNet,
         *,
         label_dim: int,
         eps: float,
@@ -60,7 +54,7 @@ class Precond(nn.Module):
         augment_labels: Tensor | None = None,
     ) -> Tensor:
         """Denoises x [N, C, H, W] at sigma [N] or [1]; labels one-hot [N, label_dim] or None."""
-        x = at_least_float32(x)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         sigma = sigma.to(x.dtype).reshape(-1, 1, 1, 1)
         scaled = self._for_unet(self.c_in(sigma) * x)
         # Not len(x), which torch.export takes for a constant.
@@ -81,10 +75,8 @@ class Precond(nn.Module):
     def _for_unet(self, x: Tensor) -> Tensor:
         # What follows keeps the layout: on a GPU every convolution and kernel wants channels_last.
         layout = torch.channels_last if x.is_cuda else torch.preserve_format
-        return x.to(self._dtype(), memory_format=layout)
-
-    def _dtype(self) -> torch.dtype:
-        return self.compute_dtype or next(self.model.parameters()).dtype
+        dtype = self.compute_dtype or next(self.model.parameters()).dtype
+        return x.to(dtype, memory_format=layout)
 
     def _noise_label(self, sigma: Tensor, n: int) -> Tensor:
         # The embedding and the affine maps stay in the parameters' dtype at any compute_dtype.

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from fastgan_kernels import Attention, Conv, frozen_unet_block
+from fastgan_kernels import Attention, frozen_unet_block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -45,10 +45,8 @@ class UNetBlock(nn.Module):
     ) -> None:
         super().__init__()
         init_last, init_attn = init_last or init, init_attn or init
-        if not attention:
-            self.num_heads = 0
-        else:
-            self.num_heads = out_channels // channels_per_head if num_heads is None else num_heads
+        heads = out_channels // channels_per_head if num_heads is None else num_heads
+        self.num_heads = heads if attention else 0
         self.in_channels, self.out_channels = in_channels, out_channels
         self.dropout, self.skip_scale, self.adaptive_scale = dropout, skip_scale, adaptive_scale
         self.resample, self.taps = "up" if up else "down" if down else "", tuple(resample_filter)
@@ -77,43 +75,36 @@ class UNetBlock(nn.Module):
 
     def _compute(self, x: Tensor, emb: Tensor) -> Tensor:
         dtype = x.dtype
+        # The affine map runs in the embedding's float32 and is cast where it is used.
+        params = self.affine(emb).to(dtype)
+        if self.adaptive_scale:
+            scale, shift = params.chunk(2, dim=1)
+            embedded = {"scale": scale, "shift": shift}
+        else:
+            embedded = {"pre_shift": params}
+        skip = attention = None
+        if self.skip is not None and self.skip.weight is not None:  # else at most resampled
+            skip = self.skip.parameters_of_conv(dtype)
+        if self.num_heads:
+            attention = Attention(
+                self.norm2.parameters_of_norm(),
+                self.qkv.parameters_of_conv(dtype),
+                self.proj.parameters_of_conv(dtype),
+                self.num_heads,
+            )
         return frozen_unet_block(
             x,
             self.norm0.parameters_of_norm(),
             self.conv0.parameters_of_conv(dtype),
             self.norm1.parameters_of_norm(),
             self.conv1.parameters_of_conv(dtype),
-            **self._embedding(emb, dtype),
-            skip=self._skip_parameters(dtype),
+            **embedded,
+            skip=skip,
             resample=self.resample,
             filter=self.taps,
             gain=self.skip_scale,
             dropout=self.dropout if self.training else 0.0,
-            attention=self._attention(dtype),
-        )
-
-    def _skip_parameters(self, dtype: torch.dtype) -> Conv | None:
-        """None where the skip is the input itself, or the input resampled."""
-        if self.skip is None or self.skip.weight is None:
-            return None
-        return self.skip.parameters_of_conv(dtype)
-
-    def _embedding(self, emb: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        # The affine map runs in the embedding's float32 and is cast where it is used.
-        params = self.affine(emb).to(dtype)
-        if not self.adaptive_scale:
-            return {"pre_shift": params}
-        scale, shift = params.chunk(2, dim=1)
-        return {"scale": scale, "shift": shift}
-
-    def _attention(self, dtype: torch.dtype) -> Attention | None:
-        if not self.num_heads:
-            return None
-        return Attention(
-            self.norm2.parameters_of_norm(),
-            self.qkv.parameters_of_conv(dtype),
-            self.proj.parameters_of_conv(dtype),
-            self.num_heads,
+            attention=attention,
         )
 
 

@@ -6,6 +6,7 @@ No text of a run gets into a drawing: names and legends are HTML.
 import io
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,12 +45,22 @@ def undecided(config: dict[str, Any]) -> tuple[float, float] | None:
     non-saturating one has softplus(0) = ln 2 per term, the hinge loss -0 for G and 1 per term for
     D; G has one term, D two.
     """
-    branches, kind = _branches(config.get("discriminator")), _get(config.get("loss"), "kind")
-    if branches is None or kind not in [each.value for each in LossKind]:
+    loss, discriminator = config.get("loss"), config.get("discriminator")
+    if not isinstance(loss, dict) or not isinstance(discriminator, dict):
         return None
-    if kind == LossKind.hinge.value:
+    backbones = discriminator.get("backbones")
+    if discriminator.get("kind") == DiscriminatorKind.diffusion.value:
+        # Its heads, that on the pixels too, answer as one network.
+        branches = Discriminator.branches
+    elif discriminator.get("kind") == DiscriminatorKind.projected.value:
+        branches = len(backbones) if isinstance(backbones, list) else 0
+    else:
+        branches = 0
+    if branches and loss.get("kind") == LossKind.hinge.value:
         return 0.0, 2.0 * branches
-    return branches * math.log(2), 2 * branches * math.log(2)
+    if branches and loss.get("kind") == LossKind.nonsaturating.value:
+        return branches * math.log(2), 2 * branches * math.log(2)
+    return None
 
 
 def charts(config: dict[str, Any], metrics: Sequence[str]) -> list[Chart]:
@@ -63,25 +74,18 @@ def charts(config: dict[str, Any], metrics: Sequence[str]) -> list[Chart]:
         )
         for metric in metrics
     ]
-    return [*measured, _losses(config), *_DISCRIMINATOR, *_ANY]
-
-
-def _losses(config: dict[str, Any]) -> Chart:
-    keys, calm = ("Loss/G", "Loss/D"), undecided(config)
     says = "Loss/D going to its lowest while Loss/G climbs says that D wins and G learns little."
-    if calm is None:
-        return Chart("Losses", keys, says)
-    g, d = calm
-    return Chart(
-        "Losses",
-        keys,
-        f"An undecided discriminator gives Loss/G {g:.2f} and Loss/D {d:.2f} (dotted): healthy is "
-        f"near that, G somewhat above and D somewhat below. {says}",
-        ((g, "G undecided"), (d, "D undecided")),
-    )
+    lines: tuple[tuple[float, str], ...] = ()
+    if (calm := undecided(config)) is not None:
+        lines = (calm[0], "G undecided"), (calm[1], "D undecided")
+        says = (
+            f"An undecided discriminator gives Loss/G {calm[0]:.2f} and Loss/D {calm[1]:.2f} "
+            f"(dotted): healthy is near that, G somewhat above and D somewhat below. {says}"
+        )
+    return [*measured, Chart("Losses", ("Loss/G", "Loss/D"), says, lines), *_OTHERS]
 
 
-_DISCRIMINATOR = (
+_OTHERS = (
     Chart(
         "Mean sign of D's logits",
         ("Loss/sign_real", "Loss/sign_fake"),
@@ -105,8 +109,6 @@ _DISCRIMINATOR = (
         "steady losses is healthy, a jump by orders of magnitude is not.",
         log=True,
     ),
-)
-_ANY = (
     Chart(
         "Denoising loss",
         ("Loss/denoising",),
@@ -143,26 +145,9 @@ _ANY = (
 )
 
 
-def _branches(discriminator: Any) -> int | None:
-    """B, the number of feature networks over which the loss is summed."""
-    kind = _get(discriminator, "kind")
-    if kind == DiscriminatorKind.diffusion.value:
-        # Its heads, that on the pixels too, answer as one network.
-        return Discriminator.branches
-    backbones = _get(discriminator, "backbones")
-    if kind == DiscriminatorKind.projected.value and isinstance(backbones, list) and backbones:
-        return len(backbones)
-    return None
-
-
-def _get(group: Any, key: str) -> Any:
-    return group.get(key) if isinstance(group, dict) else None
-
-
 # Okabe and Ito's colours, told apart with any colour vision, on white and on black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MOST_POINTS = 1000
-_DASHES = ("-", "--")
 # The page's own text colour takes this one's place.
 _TEXT = "#010203"
 _STYLE = {
@@ -208,19 +193,14 @@ def curves(chart: Chart, runs: Sequence[tuple[str, Statistics]]) -> list[Curve]:
 
 def thinned(series: Series) -> Series:
     """At most MOST_POINTS points, each the mean of as many neighbours; NaN where all are."""
-    xs, ys = (np.asarray(values) for values in series)
-    size = -(-len(xs) // MOST_POINTS)
+    points = len(series[0])
+    size = -(-points // MOST_POINTS)
     if size <= 1:
         return series
-    pad = (0, -len(xs) % size)
-    x, y = (np.pad(v, pad, constant_values=math.nan).reshape(-1, size) for v in (xs, ys))
-    return _means(x).tolist(), _means(y).tolist()
-
-
-def _means(rows: np.ndarray) -> np.ndarray:
-    there = ~np.isnan(rows)
-    sums, counts = np.where(there, rows, 0.0).sum(1), there.sum(1)
-    return np.divide(sums, counts, out=np.full(len(rows), math.nan), where=counts > 0)
+    padded = np.pad(series, ((0, 0), (0, -points % size)), constant_values=math.nan)
+    with warnings.catch_warnings(action="ignore"):  # the mean of nothing is NaN
+        x, y = np.nanmean(padded.reshape(2, -1, size), axis=2).tolist()
+    return x, y
 
 
 def draw(chart: Chart, lines: Sequence[Curve]) -> str:
@@ -244,8 +224,7 @@ def _plot(axis: Any, chart: Chart, lines: Sequence[Curve]) -> None:
             y = [value if value > 0 else math.nan for value in y]
         # A single point, and one between two gaps, has no line to be seen by.
         dots = "o" if chart.measured or len(x) < 50 else None
-        style = _DASHES[curve.dashed]
-        size = 5 if chart.measured else 3
+        style, size = "--" if curve.dashed else "-", 5 if chart.measured else 3
         axis.plot(x, y, style, color=curve.colour, linewidth=1.5, marker=dots, markersize=size)
     for value, meaning in chart.lines:
         axis.axhline(value, color=_TEXT, linestyle=":", linewidth=1)

@@ -17,10 +17,14 @@ from fastgan.common.files import replace_atomically
 from fastgan.evaluation.protocol import versions
 from fastgan.run_report.curves import charts, curves, draw, undecided
 from fastgan.run_report.run import Run, read_run, sample_numbers, sample_uri
-from fastgan.run_report.statistics import MEMORY, METRIC, MFU, SPEED, Statistics
+from fastgan.run_report.statistics import MEMORY, METRIC, MFU, SPEED
 
 NAME = "report.html"
-_TEMPLATE = "page.html.j2"
+MOST_RUNS = 6
+ABSENT = "absent"
+_MOST_TEXT = 200
+
+Row = tuple[str, list[str]]
 
 
 def write_report(
@@ -45,26 +49,31 @@ def write_report(
 
 def render(runs: Sequence[Run], command: str) -> str:
     """The HTML of the first run beside the others."""
-    template = files("fastgan.run_report").joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    template = files("fastgan.run_report").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["shown"] = shown
     run, names = runs[0], names_of(runs)
-    # What these read may leave notes, which the page shows.
-    content = {"samples": _samples(run), "charts": list(_charts(runs, names))}
+    samples = _samples(run)  # first: what it reads may leave notes
+    notes = [
+        note if len(runs) == 1 else f"{name}: {note}"
+        for name, each in zip(names, runs, strict=True)
+        for note in each.folder.notes
+    ]
     return environment.from_string(template).render(
-        **content,
+        samples=samples,
+        charts=list(_charts(runs, names)),
         run=run,
         name=names[0],
         names=names,
         facts=list(_facts(run)),
         checkpoints=_checkpoints(run),
-        config_text=_printable(run.config_text),
+        config_text="".join(c if c.isprintable() or c == "\n" else "?" for c in run.config_text),
         comparison=side_by_side(runs) if len(runs) > 1 else [],
         differing=differing_settings([each.config for each in runs]),
         cautions=list(_cautions(runs, names)),
-        notes=_notes(runs, names),
+        notes=notes,
         versions=versions(),
         made=moment(time.time()),
         command=shown(command, 500),
@@ -88,17 +97,11 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
         first, last = min(times), max(times)
         range_ = f"{moment(first)} to {moment(last)}"
         yield "Wall time", f"{duration(last - first)} from the first tick to the last ({range_})"
-    if (left := _seconds_left(run)) is not None:
-        yield "Left", f"about {duration(left)} at the median speed"
-
-
-def _seconds_left(run: Run) -> float | None:
-    """Of a running run; None where it is not known."""
-    if run.state is None or run.state.status != "running" or run.total_images is None:
-        return None
-    speed = run.statistics.median(SPEED)
-    seconds = max(run.total_images - run.nimg, 0) / speed if speed and speed > 0 else None
-    return seconds if seconds is not None and seconds < 1e15 else None
+    running, speed = run.state and run.state.status == "running", statistics.median(SPEED) or 0
+    if running and total is not None and speed > 0:
+        left = max(total - run.nimg, 0) / speed
+        if left < 1e15:
+            yield "Left", f"about {duration(left)} at the median speed"
 
 
 def _samples(run: Run) -> list[dict[str, Any]]:
@@ -115,23 +118,21 @@ def _charts(runs: Sequence[Run], names: Sequence[str]) -> Iterator[dict[str, Any
     metrics = list(dict.fromkeys(key for run in runs for key in run.statistics.metrics))
     named = [(name, run.statistics) for name, run in zip(names, runs, strict=True)]
     for chart in charts(runs[0].config, metrics):
-        lines = curves(chart, named)
+        lines, single = curves(chart, named), len(chart.keys) == 1
         if lines:
             yield {
                 "title": shown(chart.title),
                 "says": chart.says,
                 "svg": Markup(draw(chart, lines)),
                 "legend": lines if max(len(lines), len(runs)) > 1 else [],
-                "last": _last(runs[0].statistics, chart.keys),
+                "last": ", ".join(
+                    number(values[-1])
+                    if single
+                    else f"{key.partition('/')[2]} = {number(values[-1])}"
+                    for key in chart.keys
+                    if (values := runs[0].statistics.values(key))
+                ),
             }
-
-
-def _last(statistics: Statistics, keys: Sequence[str]) -> str:
-    """The last finite value of every key that has one."""
-    last = {key: values[-1] for key in keys if (values := statistics.values(key))}
-    if len(keys) == 1:
-        return "".join(map(number, last.values()))
-    return ", ".join(f"{key.partition('/')[2]} = {number(value)}" for key, value in last.items())
 
 
 def _checkpoints(run: Run) -> list[dict[str, Any]]:
@@ -163,24 +164,6 @@ def _cautions(runs: Sequence[Run], names: Sequence[str]) -> Iterator[str]:
                 f"{name} sums its loss otherwise (loss.kind, or the number of feature networks): "
                 f"the dotted lines of the losses are those of {names[0]}."
             )
-
-
-def _notes(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
-    if len(runs) == 1:
-        return runs[0].folder.notes
-    pairs = zip(names, runs, strict=True)
-    return [f"{name}: {note}" for name, run in pairs for note in run.folder.notes]
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
-
-
-MOST_RUNS = 6
-ABSENT = "absent"
-_MOST_TEXT = 200
-
-Row = tuple[str, list[str]]
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:

@@ -4,7 +4,8 @@ import base64
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fastgan.common.run_state import STATE, RunState, read_state
 from fastgan.data.decode import open_image
 from fastgan.launch import checks
 from fastgan.launch.run_dir import CONFIG, read_config
-from fastgan.run_report.statistics import FILE, KIMG, RunFolder, Statistics, read_statistics
+from fastgan.run_report.statistics import FILE, KIMG, Statistics, parse_statistics
 
 LOG = "log.txt"
 MOST_WARNINGS = 100
@@ -29,8 +30,60 @@ WARNINGS = (
     "the process before this one",
     "how the run ended before",
 )
-_MOST_CONFIG, _MOST_META, _MOST_LOG = 32 << 10, 1 << 20, 32 << 20
+_MOST_CONFIG, _MOST_META, _MOST_TEXT, _MOST_NAMES = 32 << 10, 1 << 20, 32 << 20, 100_000
 _MOST_PNG, _MOST_PIXELS = 4 << 20, 1 << 24
+
+
+@dataclass
+class RunFolder:
+    """Reads below `path`; what there is but cannot be read goes into `notes`, a line each."""
+
+    path: Path
+    notes: list[str] = field(default_factory=list)
+
+    def read(self, name: str, most: int) -> bytes | None:
+        """A file's content, at most `most` bytes; None where it is absent, or noted."""
+        file = self.path / name
+        try:
+            if not self._is_there(name):
+                return None
+            if not file.is_file():  # a pipe would keep us waiting
+                raise ValueError("no file")
+            with file.open("rb") as opened:
+                content = opened.read(most + 1)
+            if len(content) > most:
+                raise ValueError(f"more than {most} bytes")
+        except (OSError, ValueError) as error:
+            self.note(name, error)
+            return None
+        return content
+
+    def names(self, name: str, pattern: str) -> list[str]:
+        """What a folder of the run holds and `pattern` allows, sorted; nothing where it is absent,
+        or noted."""
+        try:
+            if not self._is_there(name):
+                return []
+            with os.scandir(self.path / name) as entries:
+                found = sorted(entry.name for entry in islice(entries, _MOST_NAMES))
+        except (OSError, ValueError) as error:
+            self.note(name, error)
+            return []
+        return [each for each in found if re.fullmatch(pattern, each)]
+
+    def inside(self, name: str) -> bool:
+        """Whether the name, with all links followed, still lies in the run directory."""
+        return Path(os.path.realpath(self.path / name)).is_relative_to(os.path.realpath(self.path))
+
+    def note(self, name: str, error: Exception) -> None:
+        """Says that a file was left out, and why."""
+        why = error.strerror if isinstance(error, OSError) else error
+        self.notes.append(f"left out: {shown(name)}, {shown(str(why), 200)}")
+
+    def _is_there(self, name: str) -> bool:
+        if os.path.lexists(self.path / name) and not self.inside(name):
+            raise ValueError("a link out of the run directory")
+        return os.path.lexists(self.path / name)
 
 
 @dataclass(frozen=True)
@@ -91,14 +144,26 @@ class Run:
 
 def read_run(path: Path) -> Run:
     """UserError: no run, or a config.yaml that is damaged."""
-    folder = RunFolder(path)
+    folder, state, statistics = RunFolder(path), None, Statistics()
     if not os.path.isfile(path / CONFIG) or not folder.inside(CONFIG):
         raise UserError(f"no such run, {path}, a folder with a {CONFIG} in it would be right")
     config = read_config(path / CONFIG)
     text = (folder.read(CONFIG, _MOST_CONFIG) or b"").decode(errors="replace")
-    state, statistics = _state(folder), read_statistics(folder)
-    warnings, warned = _warnings(folder)
-    run = Run(folder, config, text, state, statistics, warnings, warned, _checkpoints(folder))
+    try:
+        if not folder.inside(STATE):
+            raise UserError("a link out of the run directory")
+        state = read_state(path)
+    except UserError as error:
+        folder.note(STATE, error)
+    try:
+        statistics = parse_statistics(folder.read(FILE, _MOST_TEXT) or b"")
+    except ValueError as error:
+        folder.note(FILE, error)
+    log = (folder.read(LOG, _MOST_TEXT) or b"").decode(errors="replace")
+    warned = [line for line in log.split("\n") if line.startswith(WARNINGS)]
+    warnings = [shown(line, 400) for line in warned[-MOST_WARNINGS:]]
+    names = folder.names("checkpoints", "[0-9]{1,19}")[-MOST_CHECKPOINTS:]
+    saved = [each for name in names if (each := _checkpoint(folder, f"checkpoints/{name}/{META}"))]
     if statistics.broken:
         folder.notes.append(f"left out: broken lines of {FILE}, {statistics.broken} of them")
     if statistics.repeated:
@@ -106,14 +171,12 @@ def read_run(path: Path) -> Run:
             f"{statistics.repeated} lines of {FILE} were written again after a resumption; "
             "the later ones count"
         )
-    return run
+    return Run(folder, config, text, state, statistics, warnings, len(warned), saved)
 
 
 def sample_numbers(folder: RunFolder, most: int = 6) -> list[int]:
     """Images trained at the first grid, the last one, and evenly spaced ones in between."""
-    found = [
-        int(m[1]) for n in folder.names("samples") if (m := re.fullmatch(r"([0-9]{10})\.png", n))
-    ]
+    found = [int(name[:10]) for name in folder.names("samples", r"[0-9]{10}\.png")]
     last = len(found) - 1
     if last < most:
         return found
@@ -137,32 +200,8 @@ def sample_uri(folder: RunFolder, nimg: int) -> str | None:
     return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
-def _state(folder: RunFolder) -> RunState | None:
-    try:
-        if not folder.inside(STATE):
-            raise UserError("a link out of the run directory")
-        return read_state(folder.path)
-    except UserError as error:
-        folder.note(STATE, error)
-        return None
-
-
-def _warnings(folder: RunFolder) -> tuple[list[str], int]:
-    """The last warnings of the log, shortened, and how many there are."""
-    text = (folder.read(LOG, _MOST_LOG) or b"").decode(errors="replace")
-    found = [line for line in text.split("\n") if line.startswith(WARNINGS)]
-    return [shown(line, 400) for line in found[-MOST_WARNINGS:]], len(found)
-
-
-def _checkpoints(folder: RunFolder) -> list[SavedCheckpoint]:
-    names = [n for n in folder.names("checkpoints") if re.fullmatch(r"[0-9]{1,19}", n)]
-    found = (
-        _checkpoint(folder, f"checkpoints/{name}/{META}") for name in names[-MOST_CHECKPOINTS:]
-    )
-    return [checkpoint for checkpoint in found if checkpoint is not None]
-
-
 def _checkpoint(folder: RunFolder, name: str) -> SavedCheckpoint | None:
+    """None where there is no such file, or, with a note, one that is damaged."""
     content = folder.read(name, _MOST_META)
     if content is None:
         return None

@@ -1,77 +1,18 @@
 """stats.jsonl as curves: broken lines counted, what a resumed run repeated taken once."""
 
 import math
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import islice
-from pathlib import Path
 from statistics import median
 
-from fastgan.common.errors import shown
 from fastgan.common.files import parse_object
-
-_MOST_NAMES = 100_000
-
-
-@dataclass
-class RunFolder:
-    """Reads below `path`; what there is but cannot be read goes into `notes`, a line each."""
-
-    path: Path
-    notes: list[str] = field(default_factory=list)
-
-    def read(self, name: str, most: int) -> bytes | None:
-        """A file's content, at most `most` bytes; None where it is absent, or noted."""
-        file = self.path / name
-        if not os.path.lexists(file):
-            return None
-        try:
-            self._check_inside(name)
-            if not file.is_file():  # a pipe would keep us waiting
-                raise ValueError("no file")
-            with file.open("rb") as opened:
-                content = opened.read(most + 1)
-            if len(content) > most:
-                raise ValueError(f"more than {most} bytes")
-        except (OSError, ValueError) as error:
-            self.note(name, error)
-            return None
-        return content
-
-    def names(self, name: str) -> list[str]:
-        """What a folder of the run holds, sorted; nothing where it is absent, or noted."""
-        if not os.path.lexists(self.path / name):
-            return []
-        try:
-            self._check_inside(name)
-            with os.scandir(self.path / name) as entries:
-                return sorted(entry.name for entry in islice(entries, _MOST_NAMES))
-        except (OSError, ValueError) as error:
-            self.note(name, error)
-            return []
-
-    def inside(self, name: str) -> bool:
-        """Whether the name, with all links followed, still lies in the run directory."""
-        return Path(os.path.realpath(self.path / name)).is_relative_to(os.path.realpath(self.path))
-
-    def note(self, name: str, error: Exception) -> None:
-        """Says that a file was left out, and why."""
-        why = error.strerror if isinstance(error, OSError) else error
-        self.notes.append(f"left out: {shown(name)}, {shown(str(why), 200)}")
-
-    def _check_inside(self, name: str) -> None:
-        if not self.inside(name):
-            raise ValueError("a link out of the run directory")
-
 
 FILE = "stats.jsonl"
 KIMG, SPEED, TIME = "Progress/kimg", "Timing/img_per_sec", "timestamp"
 MFU, MEMORY, SKIPPED = "Timing/mfu", "Resources/peak_gpu_mem_gb", "Progress/skipped"
 METRIC = "Metric/"
 MOST_METRICS = 12
+_GROUPS = ("Loss/", "Progress/", "Timing/", "Resources/")
 # Ours have some 400 bytes a line and a line per tick.
-_MOST_BYTES = 32 << 20
 _MOST_LINES = 200_000
 _MOST_IN_LINE = 16 << 10
 # No statistic of a run, finite or not, comes near; drawing it would overflow.
@@ -111,7 +52,7 @@ class Statistics:
     def best(self, metric: str) -> tuple[float, float] | None:
         """The lowest value of a metric, and the thousands of images it was measured at."""
         pairs = [(y, x) for x, y in zip(*self.series(metric), strict=True) if not math.isnan(y)]
-        return min(pairs) if pairs else None
+        return min(pairs, default=None)
 
     def measured_at(self, nimg: int) -> dict[str, float]:
         """The finite metrics of the snapshot at `nimg` images."""
@@ -123,34 +64,33 @@ class Statistics:
             if key in self.metrics and not math.isnan(value)
         }
 
+    def add(self, record: dict[str, float]) -> None:
+        """Appends it, without what a resumed run repeats: a measurement follows its tick."""
+        before, kimg, tick = len(self.records), record[KIMG], TIME in record
+        while self.records and (
+            self.records[-1][KIMG] > kimg or (tick and self.records[-1][KIMG] == kimg)
+        ):
+            self.records.pop()
+        self.repeated += before - len(self.records)
+        self.records.append(record)
 
-def read_statistics(folder: RunFolder) -> Statistics:
-    """A run's statistics, empty before the first tick, and where they are too long, with a note."""
-    lines = (folder.read(FILE, _MOST_BYTES) or b"").split(b"\n")
+
+def parse_statistics(content: bytes) -> Statistics:
+    """The statistics of a run in a file's bytes. ValueError: too many lines to be one's."""
+    found, lines = Statistics(), content.split(b"\n")
     if len(lines) > _MOST_LINES:
-        folder.note(FILE, ValueError(f"more than {_MOST_LINES} lines"))
-        return Statistics()
-    *whole, rest = lines
-    found = Statistics()
-    _take(found, whole)
-    # What follows the last line feed may be a line that is being written.
-    broken = found.broken
-    _take(found, [rest] if rest else [])
-    found.broken = broken
-    return found
-
-
-def _take(found: Statistics, lines: Iterable[bytes]) -> None:
-    for line in lines:
+        raise ValueError(f"more than {_MOST_LINES} lines")
+    for number, line in enumerate(lines, 1):
         try:
             record = _record(line, found.metrics)
         except ValueError:
-            found.broken += 1
+            # What follows the last line feed may be a line that is being written.
+            found.broken += number < len(lines)
             continue
-        if TIME in record and 0 < record[TIME] < _LAST_TIME:
+        if 0 < record.get(TIME, 0) < _LAST_TIME:
             found.times.append(record[TIME])
-        found.repeated += _forget_from(found.records, record)
-        found.records.append(record)
+        found.add(record)
+    return found
 
 
 def _record(line: bytes, metrics: list[str]) -> dict[str, float]:
@@ -158,7 +98,13 @@ def _record(line: bytes, metrics: list[str]) -> dict[str, float]:
     if len(line) > _MOST_IN_LINE:
         raise ValueError("too long")
     values = parse_object(line)
-    record = {key: _number(value) for key, value in values.items() if _wanted(key, metrics)}
+    new = [key for key in values if key.startswith(METRIC) and key not in metrics]
+    metrics += new[: MOST_METRICS - len(metrics)]
+    record = {
+        key: _number(value)
+        for key, value in values.items()
+        if key in metrics or key == TIME or key.startswith(_GROUPS)
+    }
     if not 0 <= record.get(KIMG, math.nan) < 1e15:
         raise ValueError("no number of images")
     if record.get(MEMORY) == 0:  # the CPU's, which is not counted
@@ -166,28 +112,8 @@ def _record(line: bytes, metrics: list[str]) -> dict[str, float]:
     return record
 
 
-def _wanted(key: str, metrics: list[str]) -> bool:
-    if not key.startswith(METRIC):
-        return key.startswith(("Loss/", "Progress/", "Timing/", "Resources/")) or key == TIME
-    if key not in metrics and len(metrics) < MOST_METRICS:
-        metrics.append(key)
-    return key in metrics
-
-
 def _number(value: object) -> float:
     """NaN for null and whatever else is no finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
-    try:
-        number = float(value)
-    except OverflowError:
-        return math.nan
-    return number if abs(number) < _LARGEST else math.nan
-
-
-def _forget_from(records: list[dict[str, float]], new: dict[str, float]) -> int:
-    """Drops what a resumed run repeats; a measurement follows the tick at the same images."""
-    before, tick = len(records), TIME in new
-    while records and (records[-1][KIMG] > new[KIMG] or (tick and records[-1][KIMG] == new[KIMG])):
-        records.pop()
-    return before - len(records)
+    return float(value) if abs(value) < _LARGEST else math.nan

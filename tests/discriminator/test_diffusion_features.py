@@ -108,23 +108,13 @@ def test_labels_shift_every_patch_of_a_head_alike():
     torch.testing.assert_close(shift, shift[:1].expand(16), atol=1e-6, rtol=1e-4)
 
 
-def test_saved_state_is_the_heads(adm):
-    a, b = (DiffusionDiscriminator(adm, SHAPE, seed=s) for s in (0, 1))
+def test_saved_state_is_the_heads_and_construction_is_seeded(adm):
+    before = torch.get_rng_state()
+    a, again, b = (DiffusionDiscriminator(adm, SHAPE, seed=s) for s in (0, 0, 1))
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(v, again.save_state()[k]) for k, v in a.save_state().items())
     state = {k: v.clone() for k, v in a.save_state().items()}
     assert state and all(key.startswith("heads.") for key in state)
     assert not torch.equal(a(images())[0], b(images())[0])
     b.load_save_state(state)
     assert torch.equal(a(images())[0], b(images())[0])
-
-
-def test_construction_is_seeded(adm):
-    before = torch.get_rng_state()
-    a, b = (DiffusionDiscriminator(adm, SHAPE, seed=4).save_state() for _ in range(2))
-    assert torch.equal(before, torch.get_rng_state())
-    assert all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_width():
-    discriminator = DiffusionDiscriminator(ToyEncoder(), SHAPE, width=5)
-    convolutions = [m for m in discriminator.heads.modules() if isinstance(m, nn.Conv2d)]
-    assert {m.out_channels for m in convolutions} == {5, 1}

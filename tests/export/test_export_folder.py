@@ -17,9 +17,10 @@ from fastgan.checkpoint.network_file import load_network_file
 from fastgan.common.errors import UserError
 from fastgan.data import open_dataset
 from fastgan.export import command as exporting
-from fastgan.export.card import _class_of_row, difference
+from fastgan.export.card import difference, write_grid
 from fastgan.launch import build
 from tests.command_line import CommandLine
+from tests.conftest import TINY, live_network
 from tests.export.exporting import NCSNPP, checkpoint, exported, result_file
 
 TOOL = Path(__file__).parents[2] / "tools" / "export.py"
@@ -29,7 +30,7 @@ DIGITS: dict[str, Any] = {"img_resolution": 16, "precond": "D2OPrecond"}
 NETWORKS: dict[str, dict[str, Any]] = {
     "bf16": {**DIGITS, **NCSNPP},
     "fp16": {**DIGITS, "label_dim": 10},
-    "fp32": {**DIGITS, "precond": "EDMPrecond"},
+    "fp32": {**DIGITS, "precond": "EDMPrecond", "channel_mult": [1]},
 }
 
 
@@ -109,18 +110,22 @@ def test_the_command_trains_from_it(tmp_path: Path, command: CommandLine) -> Non
     assert file.metadata["base_model"] == "net.safetensors"
 
 
-@pytest.mark.parametrize(("label_dim", "columns"), [(0, 1024), (3, None), (20, None)])
-def test_the_grid(label_dim: int, columns: int | None, tmp_path: Path) -> None:
-    source = checkpoint(tmp_path / "x.safetensors", label_dim=label_dim, img_channels=3)
-    exported(source, tmp_path / "net")
-    width, height = Image.open(tmp_path / "net/grid.png").size
-    assert height >= 1024 and (width == columns if columns else width > 1024)
-
-
-def test_rows_are_classes() -> None:
-    assert _class_of_row(0) == [None] * 8
-    assert _class_of_row(3) == [0, 1, 2, 0, 1, 2, 0, 1]
-    assert _class_of_row(1000) == [0, 125, 250, 375, 500, 625, 750, 875]
+@pytest.mark.parametrize(
+    ("label_dim", "classes"),
+    [(0, [None] * 8), (3, [0, 1, 2, 0, 1, 2, 0, 1]), (20, [0, 2, 5, 7, 10, 12, 15, 17])],
+)
+def test_the_grid(
+    label_dim: int, classes: list[int | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, sample_fn = [], build.sample_fn
+    monkeypatch.setattr(
+        build, "sample_fn", lambda *a, **k: asked.append(k["one_class"]) or sample_fn(*a, **k)
+    )
+    network = live_network({**TINY, "label_dim": label_dim, "img_channels": 3})
+    write_grid(network, tmp_path / "grid.png")
+    width, height = Image.open(tmp_path / "grid.png").size
+    assert height >= 1024 and (width > 1024 if label_dim else width == 1024)
+    assert asked == classes
 
 
 def test_difference() -> None:
@@ -133,14 +138,11 @@ def test_difference() -> None:
 
 
 def test_rounding_is_measured(tmp_path: Path) -> None:
-    source = checkpoint(tmp_path / "x.safetensors")
+    source, cpu = checkpoint(tmp_path / "x.safetensors"), torch.device("cpu")
     said, card = exported(source, tmp_path / "net", images=3)
-    before, _ = build.saved_network(str(source), torch.device("cpu"))
-    after, _ = build.saved_network(str(tmp_path / "net/net.safetensors"), torch.device("cpu"))
-    draws = [
-        build.sample_fn(net, cfg.SamplerConfig(), torch.device("cpu"))([0, 1, 2])
-        for net in (before, after)
-    ]
+    files = (source, tmp_path / "net/net.safetensors")
+    networks = [build.saved_network(str(file), cpu)[0] for file in files]
+    draws = [build.sample_fn(net, cfg.SamplerConfig(), cpu)([0, 1, 2]) for net in networks]
     apart = np.abs(np.subtract(*(d.numpy().astype(int) for d in draws)))
     assert said["rounding"]["mean"] == pytest.approx(apart.mean()) and apart.mean() > 0
     assert said["rounding"]["largest"] == apart.max()
@@ -159,14 +161,6 @@ def test_too_large(tmp_path: Path) -> None:
     assert not out.exists()
     exported(source, out, max_mib=half * 1.1)
     assert sorted(os.listdir(tmp_path)) == ["half", "net", "x.safetensors"]
-
-
-def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
-    source, out = checkpoint(tmp_path / "x.safetensors"), tmp_path / "net"
-    out.mkdir()
-    with pytest.raises(UserError, match="exists, a new folder"):
-        exported(source, out)
-    assert list(out.iterdir()) == []
 
 
 @pytest.mark.parametrize("what", [KeyboardInterrupt(), OSError(28, "No space left on device")])
@@ -207,6 +201,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
         exported(four, out)
     with pytest.raises(UserError, match="does not exist"):
         exported(tmp_path / "absent", out)
+    with pytest.raises(UserError, match="exists, a new folder"):
+        exported(source, four)
     assert sorted(os.listdir(tmp_path)) == ["edm.safetensors", "four.safetensors", "x.safetensors"]
 
 

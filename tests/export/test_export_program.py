@@ -13,6 +13,7 @@ from fastgan_kernels import dispatch, runtime
 
 from fastgan import config as cfg
 from fastgan.common.errors import UserError
+from fastgan.common.noise import seeded_latents
 from fastgan.export.program import check_program, write_program
 from fastgan.launch import build
 from tests.export.exporting import NCSNPP, checkpoint, exported
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 # After the card's lines, in an interpreter that cannot import this project.
 ALONE = """
 import sys
-sys.modules.update(fastgan=None, kernels=None)
+sys.modules.update(fastgan=None, fastgan_kernels=None)
 {lines}
 print(images.dtype, tuple(images.shape))
 """
@@ -48,19 +49,11 @@ def case(tmp_path: Path, **changes: Any) -> str:
     return card
 
 
-def test_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    card = case(tmp_path, channel_mult=[1])
-    monkeypatch.chdir(tmp_path / "net")
-    names: dict[str, Any] = {}
-    exec(lines_of(card), names)
-    assert names["images"].dtype == torch.uint8 and names["images"].shape == (16, 1, 8, 8)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [NCSNPP, {"label_dim": 5, "img_channels": 3, "attn_resolutions": [8]}]
 )
-def test_more_programs(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_programs_alone(changes: dict[str, Any], tmp_path: Path) -> None:
     code = ALONE.format(lines=lines_of(case(tmp_path, **changes)))
     command = [sys.executable, "-P", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path / "net")
@@ -72,20 +65,22 @@ def test_more_programs(changes: dict[str, Any], tmp_path: Path) -> None:
         check_program(tmp_path / "net/net.pt2", network, images.flip(0))
 
 
-def test_only_operators_of_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the environment asks for kernels of this project."""
+def test_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only PyTorch's operators, also where the environment asks for kernels of this project, and
+    the network's images, to rounding."""
     source = checkpoint(tmp_path / "x.safetensors", channel_mult=[1])
     network, _ = build.saved_network(str(source), torch.device("cpu"))
     monkeypatch.setenv("FASTGAN_KERNELS", "triton")
     monkeypatch.setattr(runtime, "INTERPRETED", True)
     assert dispatch.implementation("group_norm_silu", "cpu", torch.float32) == "triton"
     write_program(network, tmp_path / "x.pt2", {})
-    calls = [
-        str(node.target)
-        for node in torch.export.load(tmp_path / "x.pt2").graph.nodes
-        if node.op == "call_function"
-    ]
-    assert len(calls) > 50 and {name.partition(".")[0] for name in calls} <= {
-        "aten",
-        "<built-in function getitem>",
-    }
+    monkeypatch.delenv("FASTGAN_KERNELS")
+    program = torch.export.load(tmp_path / "x.pt2")
+    calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    origins = {name.partition(".")[0] for name in calls}
+    assert len(calls) > 50 and origins <= {"aten", "<built-in function getitem>"}
+    z, _ = seeded_latents([0, 1, 2], (1, 8, 8))
+    images = build.sample_fn(network, cfg.SamplerConfig(), torch.device("cpu"))([0, 1, 2])
+    drawn = program.module()(z.float())
+    assert drawn.dtype == torch.uint8 and (drawn.int() - images.int()).abs().max() <= 1
+    assert drawn.float().std() > 10

@@ -1,9 +1,10 @@
-"""Networks, blocks and sampler against arrays of the original code; layouts of the checkpoints."""
+"""Everything against arrays of the original code; layouts of the published checkpoints."""
 
 import json
-import subprocess
-import sys
+import runpy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ import torch
 from fastgan.common.errors import UserError
 from fastgan.models import network_from_config
 from fastgan.models.freeze import frozen_share
+from tests.conftest import GOLDEN
 from tests.hostile.damage import damaged
 from tools.parity import check_file, load_arrays
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = sorted(path.name for path in GOLDEN.glob("*.npz"))
 LAYOUTS = json.loads((GOLDEN / "edm_checkpoint_layouts.json").read_text())
 # Published table: frozen share in % at levels 0-3.
@@ -26,63 +27,134 @@ SHARES = {
     "edm-afhqv2-64x64-uncond-ve": (0, 83.84, 85.72, 89.70),
     "edm-imagenet-64x64-cond-adm": (0, 78.77, 86.96, 90.17),
 }
+BLOCK, SONG = "unet_block_adm_two_heads.npz", "ncsnpp_uncond_d2o.npz"
+HEAD, COND = "projected_discriminator_toy.npz", "projected_discriminator_cond.npz"
+Arrays = dict[str, np.ndarray]
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_golden_file_holds(name: str) -> None:
+    before = torch.get_rng_state()
     verdict = check_file(GOLDEN / name)
     assert verdict["ok"], verdict
-    assert len(verdict["errors"]) == len(_comparisons(GOLDEN / name)), verdict["errors"].keys()
+    assert verdict["errors"].keys() == _results(GOLDEN / name)
+    assert torch.equal(before, torch.get_rng_state())
 
 
-def _comparisons(path: Path) -> list[str]:
+def _results(path: Path) -> set[str]:
     """The arrays of a file that are results, told by their names alone."""
-    inputs = ("/x", "/sigma", "/labels", "/probe")
-    keys = []
-    for key in np.load(path).files:
-        leaf = key.split("/")[-1]
-        result = leaf in ("out", "grad_x", "grad_emb", "logits") or leaf.startswith(("loss", "r1"))
-        result |= "grad/" in key or "state_after/" in key or key.startswith(("proj/out", "proj/ch"))
-        if result and not key.endswith(inputs):
-            keys.append(key)
-    return keys
+    leaves = ("out", "grad_x", "grad_emb", "logits")
+    parts = ("grad/", "state_after/", "proj/out", "proj/ch", "disc/loss", "disc/r1")
+    return {
+        key
+        for key in np.load(path).files
+        if key.split("/")[-1] in leaves or any(part in f"{key}/" for part in parts)
+    }
 
 
-def test_a_wrong_network_fails(tmp_path: Path) -> None:
-    """A preconditioning without the eps shift must not pass for D2O's."""
-    arrays = dict(np.load(GOLDEN / "ncsnpp_uncond_d2o.npz"))
+def changed(name: str, change: Callable[[Arrays], object], folder: Path) -> dict[str, Any]:
+    """The verdict on a golden file that `change` makes wrong."""
+    arrays = load_arrays(GOLDEN / name)
+    change(arrays)
+    np.savez(folder / "changed.npz", **arrays)  # type: ignore[arg-type]
+    return check_file(folder / "changed.npz")
+
+
+def moved(key: str) -> Callable[[Arrays], object]:
+    dice = np.random.default_rng(0)
+    return lambda a: a.update({key: a[key] + 1e-3 * dice.normal(size=a[key].shape)})
+
+
+def preconditioned_as_edm(arrays: Arrays) -> None:
+    """Without the eps shift, which must not pass for D2O's."""
     config = json.loads(str(arrays["config"])) | {"precond": "EDMPrecond"}
-    np.savez(tmp_path / "wrong.npz", **{**arrays, "config": json.dumps(config)})
-    assert not check_file(tmp_path / "wrong.npz")["ok"]
+    arrays["config"] = np.array(json.dumps(config))
 
 
-def test_nan_fails(tmp_path: Path) -> None:
-    arrays = dict(np.load(GOLDEN / "unet_block_adm_two_heads.npz"))
-    arrays["state/norm0.bias"] = arrays["state/norm0.bias"] * np.nan
-    np.savez(tmp_path / "nan.npz", **arrays)
-    assert not check_file(tmp_path / "nan.npz")["ok"]
+@pytest.mark.parametrize(
+    ("name", "change", "wrong"),
+    [
+        (SONG, preconditioned_as_edm, "mid/out"),
+        (BLOCK, lambda a: a.update({"state/norm0.bias": a["state/norm0.bias"] * np.nan}), "out"),
+        (BLOCK, lambda a: a.update(out=a["out"][:, 1:]), "out"),
+        (HEAD, moved("proj/state/layer3_csm.out_conv.weight"), "proj/out0"),
+        (HEAD, moved("disc/state/main.0.main.1.weight"), "disc/r1_penalty_wrt_x"),
+        (
+            HEAD,
+            moved("disc/state/main.0.main.1.running_mean"),
+            "disc/state_after/main.0.main.1.running_mean",
+        ),
+        (COND, moved("disc/embed_rows_3_7_0"), "disc/logits"),
+        (COND, moved("disc/state/embed_proj.bias"), "disc/loss_ns_fake"),
+    ],
+)
+def test_what_is_wrong_fails(name: str, change: Any, wrong: str, tmp_path: Path) -> None:
+    verdict = changed(name, change, tmp_path)
+    error = verdict["errors"][wrong]
+    assert not verdict["ok"] and (error is None or error > 1e-9)
+    assert (error is None) == (verdict["max_output"] is None)
 
 
-def test_the_command_prints_json_lines_and_fails_on_a_mismatch(tmp_path: Path) -> None:
-    arrays = dict(np.load(GOLDEN / "unet_block_adm_two_heads.npz"))
-    np.savez(tmp_path / "off.npz", **{**arrays, "out": arrays["out"] + 1e-3})
-    good = str(GOLDEN / "unet_block_adm_two_heads.npz")
-    command = [sys.executable, "tools/parity.py", good, str(tmp_path / "off.npz")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=GOLDEN.parents[1])
-    verdicts = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.returncode == 1
-    assert [v["ok"] for v in verdicts] == [True, False]
-    assert verdicts[0]["max_output"] < 1e-5 < verdicts[1]["max_output"]
+def deeper(arrays: Arrays) -> None:
+    """Three blocks of other widths, with no golden values."""
+    state = {key: arrays.pop(key) for key in list(arrays) if key.startswith("disc/")}
+    rng, channels = np.random.default_rng(0), [3, 5, 6, 7]
+    for i, width in enumerate(channels[1:]):
+        for key in [k for k in state if k.startswith("disc/state/main.0.main")]:
+            shape = {"weight_orig": (width, channels[i], 4, 4), "weight_v": (channels[i] * 16,)}
+            size = shape.get(key.rpartition(".")[2], state[key].shape and (width,))
+            arrays[key.replace("main.0", f"main.{i}", 1)] = np.abs(rng.normal(size=size))
+    arrays["disc/state/main.3.weight_orig"] = rng.normal(size=(1, 7, 4, 4))
+    arrays["disc/state/main.3.weight_u"] = rng.normal(size=1)
+    arrays["disc/state/main.3.weight_v"] = rng.normal(size=7 * 16)
+    arrays["disc/x"], arrays["disc/logits"] = (
+        rng.normal(size=(2, 3, 32, 32)),
+        np.zeros((2, 1, 1, 1)),
+    )
 
 
-@pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x03\x04broken"])
-def test_the_command_refuses_in_one_line(tmp_path: Path, content: bytes) -> None:
+def test_depth_and_widths_of_heads_are_inferred(tmp_path: Path) -> None:
+    assert changed(HEAD, deeper, tmp_path)["errors"]["disc/logits"] is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        (HEAD, "proj/state/layer0_ccm.weight"),
+        (HEAD, "proj/out2"),
+        (HEAD, "disc/state/main.1.weight_orig"),
+        (BLOCK, "probe"),
+        (SONG, "hi/sigma"),
+        (SONG, "state/model.map_layer0.bias"),
+        ("heun_sampler_ddpmpp_cond.npz", "network"),
+    ],
+)
+def test_a_missing_array_is_a_user_error(name: str, missing: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"changed\.npz .*expected"):
+        changed(name, lambda a: a.pop(missing), tmp_path)
+
+
+def test_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JSON lines and 1 on a mismatch; one line for what cannot be read."""
+    changed(BLOCK, lambda a: a.update(out=a["out"] + 1e-3), tmp_path)
     bad = tmp_path / "bad.npz"
-    bad.write_bytes(content)
-    command = [sys.executable, "tools/parity.py", str(bad)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=GOLDEN.parents[1])
-    assert done.returncode == 1 and not done.stdout
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    bad.write_bytes(b"PK\x03\x04broken")
+
+    def parity(*files: Path) -> tuple[object, str, str]:
+        monkeypatch.setattr("sys.argv", ["parity.py", *map(str, files)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(GOLDEN.parents[1] / "tools/parity.py"), run_name="__main__")
+        return end.value.code, *capsys.readouterr()
+
+    assert parity(GOLDEN / BLOCK)[0] == 0
+    code, out, _ = parity(GOLDEN / BLOCK, tmp_path / "changed.npz")
+    verdicts = [json.loads(line) for line in out.splitlines()]
+    assert code == 1 and [v["ok"] for v in verdicts] == [True, False]
+    assert verdicts[0]["max_output"] < 1e-5 < verdicts[1]["max_output"]
+    code, out, error = parity(bad)
+    assert (code, out) == (1, "") and error.startswith("error: ") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -117,28 +189,20 @@ def test_what_an_archive_may_ask_for_in_vain(
     file = tmp_path / "odd.npz"
     np.savez_compressed(file, x=np.random.default_rng(0).normal(size=400))
     content = bytearray(file.read_bytes())
-    index = content.index(b"PK\1\2")
     content[at] = value
     if what != "deflated data":  # told in the index as well, two bytes further on
-        content[index + at + 2] = value
+        content[content.index(b"PK\1\2") + at + 2] = value
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"cannot read .*odd.npz"):
         load_arrays(file)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_published_architectures_have_the_published_names_and_shapes(name: str) -> None:
-    config = {"precond": "EDMPrecond", **LAYOUTS[name]["init_kwargs"]}
+def test_published_architectures(name: str) -> None:
+    """Their names, shapes and frozen shares."""
     with torch.device("meta"):
-        network = network_from_config(config)
+        network = network_from_config({"precond": "EDMPrecond", **LAYOUTS[name]["init_kwargs"]})
     ours = {key: list(value.shape) for key, value in network.state_dict().items()}
     assert ours == {key: shape for key, (shape, _) in LAYOUTS[name]["state"].items()}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_frozen_share_equals_the_published_table(name: str) -> None:
-    config = {"precond": "EDMPrecond", **LAYOUTS[name]["init_kwargs"]}
-    with torch.device("meta"):
-        network = network_from_config(config)
     shares = [round(100 * frozen_share(network, level), 2) for level in range(4)]
     assert shares == pytest.approx(SHARES[name], abs=1e-9)

@@ -11,7 +11,8 @@ from fastgan.common.precision import strict_float32
 from fastgan.models.freeze import freeze, is_frozen
 from tools.parity import check_file, load_arrays, network_of
 
-NETWORKS = ("ncsnpp_uncond_d2o.npz", "ddpmpp_cond_edm.npz", "adm_cond_d2o.npz")
+DDPMPP, NCSNPP, ADM = "ddpmpp_cond_edm.npz", "ncsnpp_uncond_d2o.npz", "adm_cond_d2o.npz"
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in (NCSNPP, ADM)]
 
 
 @pytest.fixture(autouse=True)
@@ -31,18 +32,18 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 @pytest.mark.skipif(not runtime.INTERPRETED, reason="parity is checked on the CPU")
-@pytest.mark.parametrize("name", (*NETWORKS, "unet_block_adm_two_heads.npz"))
+@pytest.mark.parametrize("name", ["unet_block_adm_two_heads.npz", *SLOW])
 def test_golden_vectors_with_everything_trained(golden: Path, name: str, fused: list[str]) -> None:
     verdict = check_file(golden / name)
     assert verdict["ok"], verdict
     assert not fused
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [DDPMPP, *SLOW])
 def test_golden_vectors_with_frozen_convolutions(golden: Path, name: str, fused: list[str]) -> None:
     """D2O-F: each block one op; what still trains gets the original's gradient."""
     arrays = load_arrays(golden / name)
-    network = network_of(arrays, golden / name)
+    network = network_of(arrays)
     freeze(network, 1)
     device = torch.device("cpu" if runtime.INTERPRETED else "cuda")
     network.to(device)
