@@ -36,6 +36,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 KNOWN_ARCHITECTURES = ((8, 0), (9, 0))
 VARIABLE = "FASTGAN_KERNELS"
 
+unmeasured: dict[str, Callable[[], str | None]] = {}
+"""By `tuned` op: why nothing was measured on this GPU, or None; the op registers it."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -88,7 +91,7 @@ def choose(op: str, device_type: str, dtype: torch.dtype) -> Choice:
     forced, origin = _forced(op)
     if forced == "auto":
         return _automatic(op, device_type, dtype)
-    obstacle = _obstacle(forced, device_type, dtype)
+    obstacle = _obstacle(op, forced, device_type, dtype)
     if obstacle:
         raise ValueError(
             f"{op} cannot run as {forced} ({obstacle}), as {origin} asks, "
@@ -103,7 +106,7 @@ def _automatic(op: str, device_type: str, dtype: torch.dtype) -> Choice:
     if dtype not in FLOATS:
         return Choice("reference", f"{_name(dtype)} is for checking")
     best = IMPLEMENTATIONS[op][0]
-    obstacle = _obstacle(best, device_type, dtype)
+    obstacle = _obstacle(op, best, device_type, dtype)
     if obstacle:
         if best == "triton":
             _say_once(f"{op} runs as library: {obstacle}")
@@ -112,7 +115,7 @@ def _automatic(op: str, device_type: str, dtype: torch.dtype) -> Choice:
     return Choice(best, by_shape if best == "tuned" else "first of those that can run here")
 
 
-def _obstacle(implementation: str, device_type: str, dtype: torch.dtype) -> str | None:
+def _obstacle(op: str, implementation: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why `implementation` cannot run, or None."""
     if implementation == "reference":
         return None
@@ -128,9 +131,8 @@ def _obstacle(implementation: str, device_type: str, dtype: torch.dtype) -> str 
         return None if runtime.INTERPRETED else "CPU tensors need TRITON_INTERPRET=1"
     if runtime.INTERPRETED:
         return "TRITON_INTERPRET=1 is set"
-    return unknown_architecture(device_type) or (
-        unmeasured_architecture() if implementation == "tuned" else None
-    )
+    unknown = unknown_architecture(device_type)
+    return unknown or (unmeasured[op]() if implementation == "tuned" else None)
 
 
 @cache
@@ -142,17 +144,6 @@ def unknown_architecture(device_type: str) -> str | None:
     if capability in KNOWN_ARCHITECTURES:
         return None
     return f"the kernels were never tried on sm_{capability[0]}{capability[1]}"
-
-
-@cache
-def unmeasured_architecture() -> str | None:
-    """Why no table says which kernels are faster on this GPU than the library, or None."""
-    from fastgan_kernels.norm_silu_conv import table as conv_table
-
-    major, minor = torch.cuda.get_device_capability()
-    if conv_table.path((major, minor)).is_file():
-        return None
-    return f"nothing was measured on sm_{major}{minor}, python -m fastgan_kernels.tune would"
 
 
 def _forced(op: str) -> tuple[str, str]:

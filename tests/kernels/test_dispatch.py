@@ -21,7 +21,7 @@ from fastgan_kernels.norm_silu_conv import table as conv_table
 ROOT = Path(__file__).resolve().parents[2]
 FOUND_OUT = (
     dispatch.unknown_architecture,
-    dispatch.unmeasured_architecture,
+    conv_table.unmeasured,
     dispatch._say_once,
 )
 TRITON_OPS = [op for op, names in IMPLEMENTATIONS.items() if "triton" in names]
