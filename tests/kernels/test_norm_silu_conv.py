@@ -1,4 +1,4 @@
-"""norm_silu_conv by every plan against its float64 definition; as a citizen of autograd, compile."""
+"""norm_silu_conv by every plan against its float64 definition, under autograd and compile."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,10 +25,9 @@ from torch import Tensor
 
 # N, Cin, Cout, H, W, kernel, groups: the published networks' kinds, scaled down, then the nasty.
 SHAPES = {
-    "CIFAR's 256": (2, 32, 32, 4, 4, 3, 8),
     "CIFAR's 384, groups of 12": (1, 48, 32, 4, 4, 3, 4),
     "FFHQ's 128, several tiles of a sample": (1, 8, 16, 12, 12, 3, 2),
-    "ADM's 192, groups of 6": (2, 24, 24, 6, 6, 3, 4),
+    "ADM's 192, groups of 6": (2, 24, 24, 4, 6, 3, 4),
     "ADM's 1152, groups of 36": (1, 72, 36, 4, 4, 3, 2),
     "1 x 1": (2, 40, 24, 4, 4, 1, 4),
     "several tiles of channels": (1, 8, 136, 3, 3, 3, 2),
@@ -38,7 +37,7 @@ SHAPES = {
     "one channel": (2, 1, 1, 5, 3, 3, 1),
     "one row": (1, 8, 4, 1, 9, 3, 2),
 }
-SMALL = (2, 24, 8, 4, 4, 3, 4)
+SMALL = (2, 12, 8, 4, 4, 3, 4)
 ALL = "pre_shift scale shift residual"
 FROZEN = ("weight", "bias")
 # Its name in the package is the function's.
@@ -104,7 +103,8 @@ def check(inputs: dict[str, Tensor], groups: int, **options: object) -> None:
     assert ours["y"].is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+# The interpreter takes float16 at every plan.
+@pytest.mark.parametrize("dtype", DTYPES if DEVICE == "cuda" else DTYPES[:1])
 @pytest.mark.parametrize("name", SHAPES)
 def test_as_accurate_as_plain_pytorch(name: str, dtype: torch.dtype, poisoned: None) -> None:
     *_, groups = SHAPES[name]
@@ -129,7 +129,7 @@ def test_with_and_without(features: str, without: tuple, options: dict, poisoned
 
 
 def test_large_mean_small_deviation_of_the_input(poisoned: None) -> None:
-    check(make((1, 16, 8, 12, 12, 3, 4), features="", mean=30.0, std=1e-1), 4)
+    check(make((1, 16, 8, 8, 8, 3, 4), features="", mean=30.0, std=1e-1), 4)
 
 
 PLANS = {
@@ -193,7 +193,7 @@ def test_a_tensor_that_starts_between_16_bytes_is_loaded_by_pointers(
 
 
 @pytest.mark.parametrize("form", ["fused", "behind"])
-@pytest.mark.parametrize("size", [(16, 16), (13, 11), (1, 1)])
+@pytest.mark.parametrize("size", [(8, 8), (5, 9), (1, 1)])
 def test_sums_of_the_result_are_the_next_norms_statistics(
     form: str, size: tuple[int, int], poisoned: None
 ) -> None:
@@ -256,13 +256,13 @@ def test_any_layout_of_the_incoming_gradient(gradient: str) -> None:
 
 def test_x_as_its_own_residual_and_shared_embeddings() -> None:
     """One tensor twice; scale and shift as halves of one row, pre_shift one row for all samples."""
-    inputs = make((2, 24, 24, 4, 4, 3, 4), features="")
-    embedding = torch.randn(2, 48, device=DEVICE)
+    inputs = make((2, 12, 12, 4, 4, 3, 4), features="")
+    embedding = torch.randn(2, 24, device=DEVICE)
     scale, shift = embedding.chunk(2, dim=1)
 
     def result(function: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         x = inputs["x"].to(dtype).requires_grad_()
-        rest = {"scale": scale, "shift": shift, "pre_shift": embedding[:1, :24]}
+        rest = {"scale": scale, "shift": shift, "pre_shift": embedding[:1, :12]}
         y = function(x, 4, None, None, inputs["weight"].to(dtype), eps=1e-5, residual=x, **rest)
         return y, torch.autograd.grad(y.square().sum(), x)[0]
 
@@ -289,7 +289,7 @@ def test_only_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_same_bits_every_time_and_compiled_in_one_graph() -> None:
-    inputs = make((2, 12, 8, 9, 9, 3, 4))
+    inputs = make((2, 12, 8, 5, 5, 3, 4))
     compiled = torch.compile(norm_silu_conv, fullgraph=True, backend="aot_eager")
     first, again, traced = (run(f, inputs, 4) for f in (norm_silu_conv, norm_silu_conv, compiled))
     assert all(torch.equal(first[name], again[name]) for name in first)

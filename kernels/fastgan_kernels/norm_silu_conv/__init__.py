@@ -10,7 +10,7 @@ Bound by arithmetic: 2 Cin k^2 FLOP per element of y. The library's form is cuDN
 behind group_norm_silu.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -212,7 +212,9 @@ def _library(i: _Inputs) -> Tensor:
 def _dense(i: _Inputs) -> _Inputs:
     """Images in the layout that the kernels read; a row of the embedding for every sample."""
     images = {"x": i.x, "weight": i.weight, "residual": i.residual}
-    dense = {k: None if v is None else to_channels_last(v) for k, v in images.items()}
+    dense: dict[str, Any] = {
+        k: None if v is None else to_channels_last(v) for k, v in images.items()
+    }
     for name in _PER_SAMPLE:
         value = getattr(i, name)
         dense[name] = None if value is None else value.expand(i.x.shape[:2])

@@ -145,7 +145,7 @@ def _start(
     plan: Plan,
     pointers: tuple[Tensor | None, ...],
     numbers: tuple[float, ...],
-    **constants: int,
+    **constants: Any,
 ) -> None:
     """A program for each tile of pixels and channels, of source and weight by the plan's loads."""
     n, depth, height, width = source.shape
@@ -162,10 +162,17 @@ def _start(
             descriptor(weight, [cout, size * size * cin], factors[::-1] if transposed else factors),
         )
     launch(
-        *(kernel, (grid,), *read, *pointers, height, width, cin, cout, *numbers),
-        **{"SIZE": size, "DESCRIPTORS": descriptors, **constants},
-        **{"BLOCK_M": plan.m, "BLOCK_N": plan.n, "BLOCK_K": plan.k},
-        **{"num_warps": plan.warps, "num_stages": plan.stages},
+        kernel,
+        (grid,),
+        *(*read, *pointers, height, width, cin, cout, *numbers),
+        SIZE=size,
+        DESCRIPTORS=descriptors,
+        BLOCK_M=plan.m,
+        BLOCK_N=plan.n,
+        BLOCK_K=plan.k,
+        num_warps=plan.warps,
+        num_stages=plan.stages,
+        **constants,
     )
 
 
