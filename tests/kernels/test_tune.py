@@ -16,7 +16,7 @@ from fastgan_kernels.norm_silu_conv.plans import DIRECTIONS, Direction, Plan, Sh
 from fastgan_kernels.norm_silu_conv.table import Entry
 from fastgan_kernels.tune import __main__ as tune
 from fastgan_kernels.tune import trial as trials
-from fastgan_kernels.tune.trial import Case, Child, Failed, Rotation, Timing, compare, trial
+from fastgan_kernels.tune.trial import Case, Child, Rotation, Timing, compare, trial
 
 from benchmarks.cases import norm_convolutions
 
@@ -179,7 +179,7 @@ def test_what_hangs_or_crashes_is_left_out_and_the_rest_goes_on(
     assert not process.is_alive()
     assert found == [Entry(*each.key, 1, FAST, us=8.0, library_us=10.0) for each in work]
     said = capsys.readouterr().err.splitlines()
-    assert [line.split(", ") for line in said if line.startswith("left out")] == [
+    assert [line.split(", ", 2) for line in said if line.startswith("left out")] == [
         [f"left out: {plan}", str(at), why]
         for plan, at, why in (
             (CRASHES, work[0], "crashed: exit status 7"),
