@@ -82,7 +82,10 @@ def test_the_tables_are_the_networks(name: str) -> None:
     assert frozen == listed
 
 
-@pytest.mark.parametrize("name", ["edm-cifar10-32x32-uncond-ve", "edm-imagenet-64x64-cond-adm"])
+IMAGENET_ADM = pytest.param("edm-imagenet-64x64-cond-adm", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["edm-cifar10-32x32-uncond-ve", IMAGENET_ADM])
 def test_what_a_network_starts_is_compiled_ahead_of_time(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from fastgan_kernels.attention import Attention, Conv, Norm
 from fastgan_kernels.frozen_block import frozen_unet_block
 from fastgan_kernels.frozen_conv import frozen_conv2d
 from fastgan_kernels.norm_silu import group_norm_silu
-from fastgan_kernels.norm_silu_conv import norm_silu_conv, norm_silu_conv_statistics
+from fastgan_kernels.norm_silu_conv import norm_silu_conv
 from fastgan_kernels.resample import resample2x
 from fastgan_kernels.resize_normalize import resize_normalize
 
@@ -21,7 +21,6 @@ __all__ = [
     "frozen_unet_block",
     "group_norm_silu",
     "norm_silu_conv",
-    "norm_silu_conv_statistics",
     "resample2x",
     "resize_normalize",
 ]

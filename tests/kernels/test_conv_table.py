@@ -18,12 +18,12 @@ LOSES = replace(WINS, direction="backward", us=110.0)
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where tables are looked for; what was read before is forgotten."""
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The table of an A100 to be; what was read before is forgotten."""
     monkeypatch.setattr(conv_table, "FOLDER", tmp_path)
     monkeypatch.setattr(conv_table, "capability", lambda device: (8, 0))
     conv_table.table.cache_clear()
-    yield tmp_path
+    yield tmp_path / "sm_80.json"
     conv_table.table.cache_clear()
 
 
@@ -31,28 +31,22 @@ def x(dtype: torch.dtype = torch.float16) -> torch.Tensor:
     return torch.empty(0, dtype=dtype)
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
-    file = tmp_path / "sm_80.json"
-    special = replace(WINS, shape=replace(SHAPE, cin=8), plan=Plan("behind", 64, 128, 64, 4, 3))
-    special = replace(special, plan=replace(special.plan, loads="rows", specialized=True))
-    entries = [WINS, LOSES, special]
-    conv_table.write(file, {"machine": "a GPU", "n": 20}, entries)
+def test_what_is_written_is_read(file: Path) -> None:
+    assert conv_table.read(file) == {}
+    plan = Plan("behind", 64, 128, 64, 4, 3, descriptors=True)
+    entries = [WINS, LOSES, replace(WINS, shape=replace(SHAPE, cin=8), plan=plan)]
+    conv_table.write(file, {"machine": "a GPU"}, entries)
     assert conv_table.read(file) == {entry.key: entry for entry in entries}
     assert '"machine": "a GPU"' in file.read_text()
     conv_table.write(file, {}, [LOSES])
     assert list(conv_table.read(file).values()) == [LOSES]
-    assert [path.name for path in tmp_path.iterdir()] == ["sm_80.json"]
-
-
-def test_a_table_that_is_not_there_is_empty(tmp_path: Path) -> None:
-    assert conv_table.read(tmp_path / "sm_90.json") == {}
+    assert list(file.parent.iterdir()) == [file]
 
 
 @pytest.mark.parametrize(
     "damage",
     [
         lambda text: text[: len(text) // 2],
-        lambda text: "",
         lambda text: text.replace('"entries"', '"rows"'),
         lambda text: text.replace('"cin"', '"depth"'),
         lambda text: text.replace('"stages"', '"phases"'),
@@ -62,8 +56,7 @@ def test_a_table_that_is_not_there_is_empty(tmp_path: Path) -> None:
         lambda text: '{"entries": 3}',
     ],
 )
-def test_a_damaged_table_is_named_in_one_line(damage, tmp_path: Path) -> None:
-    file = tmp_path / "sm_80.json"
+def test_a_damaged_table_is_named_in_one_line(damage, file: Path) -> None:
     conv_table.write(file, {}, [WINS])
     file.write_text(damage(file.read_text()))
     with pytest.raises(ValueError, match=r"not a table of plans .*sm_80\.json") as error:
@@ -71,26 +64,19 @@ def test_a_damaged_table_is_named_in_one_line(damage, tmp_path: Path) -> None:
     assert "\n" not in str(error.value) and "python -m fastgan_kernels.tune" in str(error.value)
 
 
-@pytest.mark.parametrize(("us", "wins"), [(99.9, True), (100.0, False), (100.1, False)])
-def test_a_draw_is_the_librarys(us: float, wins: bool) -> None:
-    assert replace(WINS, us=us).wins is wins
-
-
-def test_without_a_table_the_library_runs() -> None:
+def test_tuned_takes_the_plan_only_where_it_wins(file: Path) -> None:
     dispatch.use("norm_silu_conv=tuned")
     assert plan_for("forward", x(), SHAPE) == LIBRARY
-
-
-def test_tuned_takes_the_plan_only_where_it_wins(folder: Path) -> None:
-    conv_table.write(folder / "sm_80.json", {}, [WINS, LOSES])
-    dispatch.use("norm_silu_conv=tuned")
+    conv_table.table.cache_clear()
+    conv_table.write(file, {}, [WINS, LOSES])
     # 128 channels: half the tile, whose warps stay.
     assert plan_for("forward", x(), SHAPE) == replace(PLAN, n=128)
     assert plan_for("backward", x(), SHAPE) == LIBRARY
+    assert not replace(WINS, us=100.0).wins
 
 
-def test_triton_takes_the_fastest_plan_even_where_it_loses(folder: Path) -> None:
-    conv_table.write(folder / "sm_80.json", {}, [LOSES])
+def test_triton_takes_the_fastest_plan_even_where_it_loses(file: Path) -> None:
+    conv_table.write(file, {}, [LOSES])
     dispatch.use("norm_silu_conv=triton")
     first = next(candidates((8, 0), torch.float16, "forward", SHAPE))
     assert plan_for("backward", x(), SHAPE) == fitted(PLAN, "backward", SHAPE) != LIBRARY
@@ -98,34 +84,23 @@ def test_triton_takes_the_fastest_plan_even_where_it_loses(folder: Path) -> None
 
 
 @pytest.mark.parametrize("setting", ["library", "norm_silu_conv=reference"])
-def test_other_settings_take_the_library(setting: str, folder: Path) -> None:
-    conv_table.write(folder / "sm_80.json", {}, [WINS])
+def test_other_settings_take_the_library(setting: str, file: Path) -> None:
+    conv_table.write(file, {}, [WINS])
     dispatch.use(setting)
     assert plan_for("forward", x(), SHAPE) == LIBRARY
 
 
-@pytest.mark.parametrize("name", ["cin", "cout", "height", "width"])
-def test_another_shape_is_not_listed(name: str, folder: Path) -> None:
-    conv_table.write(folder / "sm_80.json", {}, [WINS])
-    dispatch.use("norm_silu_conv=tuned")
-    other = replace(SHAPE, **{name: 16})
-    assert plan_for("forward", x(), other) == LIBRARY
-    assert plan_for("forward", x(), SHAPE) != LIBRARY
-
-
-def test_dtypes_are_apart(folder: Path) -> None:
+def test_shapes_dtypes_and_architectures_are_apart(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = replace(WINS, dtype="bf16", plan=replace(PLAN, tanh=False))
-    conv_table.write(folder / "sm_80.json", {}, [WINS, other])
+    conv_table.write(file, {}, [WINS, other])
     dispatch.use("norm_silu_conv=tuned")
-    assert plan_for("forward", x(torch.float16), SHAPE).tanh
+    for name in ("cin", "cout", "height", "width"):
+        assert plan_for("forward", x(), replace(SHAPE, **{name: 16})) == LIBRARY
+    assert plan_for("forward", x(), SHAPE).tanh
     found = plan_for("forward", x(torch.bfloat16), SHAPE)
     assert found != LIBRARY and not found.tanh
     assert plan_for("forward", x(torch.float32), SHAPE) == LIBRARY
-
-
-def test_architectures_are_apart(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    conv_table.write(folder / "sm_90.json", {}, [WINS])
-    dispatch.use("norm_silu_conv=tuned")
-    assert plan_for("forward", x(), SHAPE) == LIBRARY
     monkeypatch.setattr(conv_table, "capability", lambda device: (9, 0))
-    assert plan_for("forward", x(), SHAPE) == replace(PLAN, n=128)
+    assert plan_for("forward", x(), SHAPE) == LIBRARY

@@ -7,100 +7,21 @@ The table tells what the compiler made of them; with --check what is not good en
 import argparse
 import json
 import os
-import re
 import sys
-import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing import get_context
 from typing import NoReturn
 
 from fastgan_kernels import runtime
-from fastgan_kernels.aot import sass
-from fastgan_kernels.aot.builds import DTYPES, Build, builds, convolution_builds
+from fastgan_kernels.aot.builds import builds, convolution_builds
+from fastgan_kernels.aot.compiler import RESERVED, SHARED, Row, compile_build
+from fastgan_kernels.norm_silu_conv.table import SHORT
 
-ARCHITECTURES = ("sm_80", "sm_90")
-# Shared memory that one program may use, in bytes: 163 KiB on A100, 227 KiB on H100.
-SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448}
-WIDE_LOAD = (
-    r"ld\.global\S*\.v(4\.b32|2\.b64)|cp\.async\.c[ag]\.shared\.global [^;]*, 0x10,"
-    r"|cp\.async\.bulk\.tensor"
-)
 TENSOR_CORE = {"sm_80": "mma", "sm_90": "wgmma"}
 # Rows of pixels that are no multiple of 16 bytes; groups of a workspace, some kilobytes.
-SUMS = "norm_silu_conv_sums"
-NARROW = ("resize_normalize.forward", f"{SUMS}.statistics", f"{SUMS}.gradients")
-
-
-@dataclass(frozen=True)
-class Row:
-    """What the compiler made of one launch, and an estimate of what a multiprocessor does with it.
-
-    wide_loads: whether it reads 16 bytes at a time; occupancy: warps that a multiprocessor holds,
-    of the 64 that it could; main_loop: of a program that uses tensor cores.
-    """
-
-    kernel: str
-    arch: str
-    shape: list[int]
-    dtype: str
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    tensor_core: str | None
-    seconds: float
-    wide_loads: bool
-    occupancy: float
-    main_loop: sass.Loop | None
-    tile: str = ""
-    """Of a convolution: the plan that it was built for."""
-
-
-def compile_build(job: tuple[Build, str]) -> Row:
-    """One build for one architecture (runs in a worker process)."""
-    import importlib
-
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    build, arch = job
-    function = getattr(importlib.import_module(f"kernels.{build.module}"), build.kernel)
-    position = {name: (i,) for i, name in enumerate(function.arg_names)}
-    source = ASTSource(
-        function,
-        dict(build.types),
-        {position[name]: value for name, value in build.constants},
-        {position[name]: [["tt.divisibility", 16]] for name in build.divisible},
-    )
-    start = time.perf_counter()
-    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    options = {"num_warps": build.num_warps}
-    if build.num_stages is not None:
-        options["num_stages"] = build.num_stages
-    compiled = triton.compile(source, target=target, options=options)
-    seconds = time.perf_counter() - start
-    ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
-    registers, stack, static = sass.resources(cubin)
-    shared = max(static, compiled.metadata.shared)
-    tensor_core = "wgmma" if "wgmma" in ptx else "mma" if "mma.sync" in ptx else None
-    loop = sass.main_loop(arch, sass.tool("cuobjdump", cubin, "-sass")) if tensor_core else None
-    return Row(
-        kernel=build.label,
-        arch=arch,
-        shape=list(build.shape),
-        dtype=build.dtype,
-        registers=registers,
-        spill_bytes=stack,
-        shared_bytes=shared,
-        tensor_core=tensor_core,
-        seconds=round(seconds, 2),
-        wide_loads=bool(re.search(WIDE_LOAD, ptx)),
-        occupancy=round(sass.occupancy(arch, registers, shared, build.num_warps), 3),
-        main_loop=loop,
-        tile=build.tile,
-    )
+NARROW = ("resize_normalize.forward", "norm_silu_conv.statistics", "norm_silu_conv.gradients")
 
 
 def problems(rows: Iterable[Row]) -> list[str]:
@@ -110,7 +31,7 @@ def problems(rows: Iterable[Row]) -> list[str]:
         what = f"{row.kernel} for {row.arch}, {row.dtype} {row.shape}"
         if row.spill_bytes:
             found.append(f"{what}: {row.spill_bytes} bytes of registers spilled")
-        if row.shared_bytes > SHARED_BYTES[row.arch]:
+        if row.shared_bytes > SHARED[row.arch] - RESERVED:
             found.append(f"{what}: {row.shared_bytes} bytes of shared memory")
         if not row.wide_loads and row.kernel not in NARROW:
             found.append(f"{what}: no 16-byte loads")
@@ -132,11 +53,10 @@ def main() -> int:
     parser = Parser(prog="python -m fastgan_kernels.aot", description=__doc__)
     parser.add_argument("--json", action="store_true", help="a JSON list on stdout")
     parser.add_argument("--check", action="store_true", help="exit 1 with the problems found")
-    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--arch", nargs="+", choices=TENSOR_CORE, default=list(TENSOR_CORE))
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
-    parser.add_argument(
-        "--dtype", nargs="+", choices=DTYPES.values(), default=list(DTYPES.values())
-    )
+    names = list(SHORT.values())
+    parser.add_argument("--dtype", nargs="+", choices=names, default=names)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
         "--plans", action="store_true", help="norm_silu_conv at every shape by every plan"
@@ -148,7 +68,7 @@ def main() -> int:
         why = "TRITON_INTERPRET=1 is set" if runtime.HAS_TRITON else "triton is not installed"
         print(f"error: nothing to compile with, {why}, triton without it would do", file=sys.stderr)
         return 1
-    dtypes = [dtype for dtype, name in DTYPES.items() if name in options.dtype]
+    dtypes = [dtype for dtype, name in SHORT.items() if name in options.dtype]
     every, jobs = builds(dtypes), []
     for arch in options.arch:
         for build in (*every, *convolution_builds(dtypes, arch, every=options.plans)):

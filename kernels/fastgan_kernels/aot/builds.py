@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgan_kernels import frozen_block as frozen_block_passes
-from fastgan_kernels import runtime
+from fastgan_kernels import frozen_block, runtime
 from fastgan_kernels.aot.shapes import NETWORKS, Block, Network, Norm
 from fastgan_kernels.norm_silu.device import group_norm_silu_backward, group_norm_silu_forward
 from fastgan_kernels.norm_silu_conv.launch import (
@@ -20,23 +19,12 @@ from fastgan_kernels.norm_silu_conv.launch import (
     norm_silu_conv_forward,
     shape_of,
 )
-from fastgan_kernels.norm_silu_conv.plans import (
-    DIRECTIONS,
-    Architecture,
-    Direction,
-    Plan,
-    candidates,
-)
+from fastgan_kernels.norm_silu_conv.plans import DIRECTIONS, Architecture, Plan, candidates
 from fastgan_kernels.norm_silu_conv.sums import Affine, statistics
+from fastgan_kernels.norm_silu_conv.table import SHORT
 from fastgan_kernels.resample import resample2x_launch
 from fastgan_kernels.resize_normalize import resize_normalize_adjoint, resize_normalize_forward
 from fastgan_kernels.runtime import Launch
-
-DTYPES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-}
 
 
 class Started(NamedTuple):
@@ -65,22 +53,15 @@ class Build:
     @property
     def key(self) -> tuple[Any, ...]:
         """Builds of one key are one program."""
-        return (
-            self.module,
-            self.kernel,
-            self.types,
-            self.constants,
-            self.divisible,
-            self.num_warps,
-            self.num_stages,
-        )
+        program = (self.module, self.kernel, self.types, self.constants, self.divisible)
+        return (*program, self.num_warps, self.num_stages)
 
     @property
     def label(self) -> str:
-        """`resize_normalize.adjoint`: where it is, and which kernel there."""
-        module = self.module.removesuffix("_triton")
+        """`resize_normalize.adjoint`: which op's, and which kernel there."""
+        op = self.module.split(".")[1]
         name = self.kernel.strip("_").removesuffix("kernel").strip("_")
-        return f"{module}.{name}" if name not in ("", module) else module
+        return f"{op}.{name}" if name not in ("", op) else op
 
 
 def builds(dtypes: Iterable[torch.dtype]) -> list[Build]:
@@ -91,12 +72,12 @@ def builds(dtypes: Iterable[torch.dtype]) -> list[Build]:
 def convolution_builds(
     dtypes: Iterable[torch.dtype], arch: str, *, every: bool = False
 ) -> list[Build]:
-    """norm_silu_conv at the networks' convolutions for `arch`.
+    """norm_silu_conv at the networks' 3 x 3 convolutions for `arch`.
 
     By the plan that nobody measured everywhere, by the others once each; `every`: everywhere.
     """
     architecture = int(arch[-2]), int(arch[-1])
-    return _once(dtypes, lambda dtype: _convolutions(dtype, architecture, every))
+    return _once(dtypes, lambda dtype: convolutions(dtype, architecture, every))
 
 
 def _once(
@@ -105,18 +86,20 @@ def _once(
     found: dict[tuple[Any, ...], Build] = {}
     for dtype in dtypes:
         for started in launches(dtype):
-            build = specialised(started, DTYPES[dtype])
+            build = specialised(started, SHORT[dtype])
             found.setdefault(build.key, build)
     return list(found.values())
 
 
-def _convolutions(dtype: torch.dtype, architecture: Architecture, every: bool) -> Iterator[Started]:
-    """A block's first convolution, its second with embedding and residual; 1 x 1 as the first."""
-    seen: set[tuple[Direction, Plan]] = set()
+def convolutions(dtype: torch.dtype, architecture: Architecture, every: bool) -> Iterator[Started]:
+    """A block's first convolution, its second with embedding and residual."""
+    seen: set[tuple[str, Plan]] = set()
     for network in NETWORKS:
         for cin, cout, size, kernel in network.convolutions():
-            x, weight = _image(network.batch, cin, size, dtype), _image(cout, cin, kernel, dtype)
-            for embedding in ("", network.embedding) if cin == cout and kernel == 3 else ("",):
+            if kernel == 1:  # behind no SiLU
+                continue
+            x, weight = image(network.batch, cin, size, dtype), image(cout, cin, 3, dtype)
+            for embedding in ("", network.embedding) if cin == cout else ("",):
                 for direction in DIRECTIONS:
                     default, *others = candidates(
                         architecture, dtype, direction, shape_of(x, weight)
@@ -158,7 +141,7 @@ def _after(x: Tensor, embedding: str) -> Affine:
 
 
 def _beside(x: Tensor, weight: Tensor) -> Tensor:
-    return _image(len(x), len(weight), x.shape[2], x.dtype)
+    return image(len(x), len(weight), x.shape[2], x.dtype)
 
 
 def _convolved(x: Tensor, weight: Tensor, plan: Plan, launches: list[Launch]) -> Iterator[Started]:
@@ -176,81 +159,54 @@ def _launches(dtype: torch.dtype) -> Iterator[Started]:
         for block in network.blocks:
             yield from _of_block(network, block, dtype)
         for norm in network.norms():
-            yield from _of_norm(_image(n, norm.channels, norm.size, dtype), norm)
+            yield from of_norm(image(n, norm.channels, norm.size, dtype), norm)
         for channels, size, direction in network.resamplings():
-            yield from _of_resampling(_image(n, channels, size, dtype), network, direction)
-        yield from _of_resize(_image(n, 3, network.resolution, torch.float32), dtype)
+            x, up = image(n, channels, size, dtype), direction == "up"
+            with runtime.recording() as launches:
+                y = resample2x_launch(x, network.filter, up, 1.0, None, None, 1.0)
+                resample2x_launch(y, network.filter, not up, 1.0, None, None, 1.0)
+            yield from (Started(tuple(x.shape), launch) for launch in launches)
+        x, scale = image(n, 3, network.resolution, torch.float32), [0.5] * 3
+        with runtime.recording() as launches:
+            y = resize_normalize_forward(x, scale, scale, 224, dtype)
+            resize_normalize_adjoint(y, scale, 3, x.shape[2], x.shape[3], torch.float32)
+        yield from (Started(tuple(x.shape), launch) for launch in launches)
 
 
 def _of_block(network: Network, block: Block, dtype: torch.dtype) -> Iterator[Started]:
     """What the frozen block itself starts: its pre_shift is float32, residuals enter its norms."""
     n, cin, cout = network.batch, block.cin, block.cout
-    x = _image(n, cin, block.size, dtype)
+    x = image(n, cin, block.size, dtype)
     rows = torch.empty(n, cout * (1 + network.adm), dtype=dtype, device="meta")
     scale, shift = rows.chunk(2, dim=1) if network.adm else (None, None)
     embedding = (None if network.adm else rows, scale, shift)
     wide, narrow = (torch.empty(c, device="meta") for c in (cin, cout))
     bias = narrow.to(dtype)
-    skip = (_image(cout, cin, 1, dtype), bias) if network.projects(block) else (None, None)
+    skip = (image(cout, cin, 1, dtype), bias) if network.projects(block) else (None, None)
     taps = [float(tap) for tap in network.filter]
     arguments: list[Any] = [x, wide, wide, narrow, narrow, *embedding, *skip]
-    arguments += [_image(cout, cin, 3, dtype), bias, _image(cout, cout, 3, dtype), bias]
+    arguments += [image(cout, cin, 3, dtype), bias, image(cout, cout, 3, dtype), bias]
     arguments += [32, 32, 1e-5, 1e-5, block.resample, taps, 0.5]
-    inputs = frozen_block_passes.Inputs(*arguments)
+    inputs = frozen_block.Inputs(*arguments)
     wanted = f"x affine0 affine1 {network.embedding}"
     with runtime.recording() as launches:
-        y, h, statistics0, statistics1 = frozen_block_passes.forward(inputs)
-        frozen_block_passes.backward(y, inputs, h, statistics0, statistics1, wanted)
+        y, h, statistics0, statistics1 = frozen_block.forward(inputs)
+        frozen_block.backward(y, inputs, h, statistics0, statistics1, wanted)
     yield from (Started(tuple(launch.args[0].shape), launch) for launch in launches)
 
 
-def _of_norm(x: Tensor, norm: Norm) -> Iterator[Started]:
-    n, channels = x.shape[:2]
-    weight = torch.empty(channels, device="meta")
-    rows = torch.empty(n, channels, dtype=x.dtype, device="meta")
-    names = norm.embedding.split()
-    pre_shift, scale, shift = (
-        rows if name in names else None for name in ("pre_shift", "scale", "shift")
-    )
-    statistics = torch.empty(2, n, norm.groups, device="meta")
-    wanted = frozenset({"x", "affine", *names})
+def of_norm(x: Tensor, norm: Norm) -> Iterator[Started]:
+    """Both directions of a group norm with all that it takes."""
+    found = torch.empty(2, len(x), norm.groups, device="meta")
+    wanted = frozenset({"x", "affine", *norm.embedding.split()})
+    after = _after(x, norm.embedding)
     with runtime.recording() as launches:
-        group_norm_silu_forward(
-            x, norm.groups, weight, weight, 1e-5, pre_shift, scale, shift, norm.act
-        )
-        group_norm_silu_backward(
-            x,
-            x,
-            statistics,
-            norm.groups,
-            weight,
-            weight,
-            pre_shift,
-            scale,
-            shift,
-            norm.act,
-            wanted,
-        )
+        group_norm_silu_forward(x, norm.groups, *after[:2], 1e-5, *after[2:], norm.act)
+        group_norm_silu_backward(x, x, found, norm.groups, *after, norm.act, wanted)
     yield from (Started(tuple(x.shape), launch) for launch in launches)
 
 
-def _of_resampling(x: Tensor, network: Network, direction: str) -> Iterator[Started]:
-    up = direction == "up"
-    with runtime.recording() as launches:
-        y = resample2x_launch(x, network.filter, up, 1.0, None, None, 1.0)
-        resample2x_launch(y, network.filter, not up, 1.0, None, None, 1.0)
-    yield from (Started(tuple(x.shape), launch) for launch in launches)
-
-
-def _of_resize(x: Tensor, dtype: torch.dtype) -> Iterator[Started]:
-    scale = [0.5] * 3
-    with runtime.recording() as launches:
-        y = resize_normalize_forward(x, scale, scale, 224, dtype)
-        resize_normalize_adjoint(y, scale, 3, x.shape[2], x.shape[3], torch.float32)
-    yield from (Started(tuple(x.shape), launch) for launch in launches)
-
-
-def _image(n: int, c: int, size: int, dtype: torch.dtype) -> Tensor:
+def image(n: int, c: int, size: int, dtype: torch.dtype) -> Tensor:
     x = torch.empty(n, c, size, size, dtype=dtype, device="meta")
     return x.to(memory_format=torch.channels_last)
 
@@ -264,22 +220,21 @@ def specialised(started: Started, dtype: str) -> Build:
         if value is None or (type(value) is int and value == 1):
             constants[name] = value
         elif isinstance(value, Tensor):
-            types[name] = f"*{DTYPES[value.dtype]}"
+            types[name] = f"*{SHORT[value.dtype]}"
             divisible.append(name)
         elif hasattr(value, "block_shape"):
-            types[name] = f"tensordesc<{DTYPES[value.base.dtype]}{list(value.block_shape)}>"
+            types[name] = f"tensordesc<{SHORT[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, float):
             types[name] = "fp32"
         else:
             types[name] = "i32" if abs(value) < 2**31 else "i64"
             divisible += [name] if value % 16 == 0 else []
-    signature = [(name, types.get(name, "constexpr")) for name in launch.kernel.arg_names]
     return Build(
-        module=launch.kernel.fn.__module__.rpartition(".")[2],
+        module=launch.kernel.fn.__module__,
         kernel=launch.kernel.fn.__name__,
         shape=started.shape,
         dtype=dtype,
-        types=tuple(signature),
+        types=tuple((name, types.get(name, "constexpr")) for name in launch.kernel.arg_names),
         constants=tuple(sorted(constants.items())),
         divisible=tuple(divisible),
         num_warps=launch.num_warps,

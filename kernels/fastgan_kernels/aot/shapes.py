@@ -86,6 +86,17 @@ class Network:
         return ((b.cin, b.size, b.resample) for b in self.blocks if b.resample)
 
 
+_DDPMPP_BELOW_32 = (
+    Block(256, 256, 16, heads=1, count=4),
+    Block(256, 256, 16, "down"),
+    Block(256, 256, 16, "up"),
+    Block(512, 256, 16, count=4),
+    Block(512, 256, 16, heads=1),
+    Block(256, 256, 8, count=5),
+    Block(256, 256, 8, heads=1),
+    Block(256, 256, 8, "up"),
+    Block(512, 256, 8, count=5),
+)
 CIFAR10 = Network(
     "CIFAR-10",
     resolution=32,
@@ -99,15 +110,7 @@ CIFAR10 = Network(
         Block(256, 256, 32, "down"),
         Block(384, 256, 32),
         Block(512, 256, 32, count=4),
-        Block(256, 256, 16, heads=1, count=4),
-        Block(256, 256, 16, "down"),
-        Block(256, 256, 16, "up"),
-        Block(512, 256, 16, count=4),
-        Block(512, 256, 16, heads=1),
-        Block(256, 256, 8, count=5),
-        Block(256, 256, 8, heads=1),
-        Block(256, 256, 8, "up"),
-        Block(512, 256, 8, count=5),
+        *_DDPMPP_BELOW_32,
     ),
 )
 FFHQ = Network(
@@ -128,15 +131,7 @@ FFHQ = Network(
         Block(256, 256, 32, "up"),
         Block(384, 256, 32),
         Block(512, 256, 32, count=4),
-        Block(256, 256, 16, heads=1, count=4),
-        Block(256, 256, 16, "down"),
-        Block(256, 256, 16, "up"),
-        Block(512, 256, 16, count=4),
-        Block(512, 256, 16, heads=1),
-        Block(256, 256, 8, count=5),
-        Block(256, 256, 8, heads=1),
-        Block(256, 256, 8, "up"),
-        Block(512, 256, 8, count=5),
+        *_DDPMPP_BELOW_32,
     ),
 )
 IMAGENET = Network(

@@ -10,7 +10,7 @@ Bound by arithmetic: 2 Cin k^2 FLOP per element of y. The library's form is cuDN
 behind group_norm_silu.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from fastgan_kernels.norm_silu_conv.launch import (
     norm_silu_conv_forward,
     shape_of,
 )
-from fastgan_kernels.norm_silu_conv.sums import Affine, moments, statistics
+from fastgan_kernels.norm_silu_conv.sums import Affine
 from fastgan_kernels.norm_silu_conv.table import OP, plan_for
 from fastgan_kernels.runtime import check_groups, check_image, check_tensor, to_channels_last
 
@@ -48,12 +48,6 @@ class _Inputs(NamedTuple):
     @property
     def after(self) -> Affine:
         return Affine(self.norm_weight, self.norm_bias, self.pre_shift, self.scale, self.shift)
-
-    def norm(self) -> dict:
-        """The arguments of group_norm_silu by name."""
-        names = ("pre_shift", "scale", "shift", "x", "num_groups", "eps")
-        found = {name: getattr(self, name) for name in names}
-        return found | {"weight": self.norm_weight, "bias": self.norm_bias}
 
 
 def norm_silu_conv_ref(
@@ -90,130 +84,85 @@ def norm_silu_conv_ref(
     return (gain * y).to(x.dtype)
 
 
-def group_statistics_ref(
-    y: Tensor, groups: int, eps: float, pre_shift: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """mean and rstd [N, G] over the groups of y + pre_shift [N, C], in float32 at least."""
-    wide = y.to(torch.promote_types(y.dtype, torch.float32))
-    if pre_shift is not None:
-        wide = wide + pre_shift.to(wide.dtype)[:, :, None, None]
-    variance, mean = torch.var_mean(wide.reshape(len(y), groups, -1), dim=2, correction=0)
-    return mean, (variance + eps).rsqrt()
+_SCHEMA = (
+    "Tensor x, int num_groups, Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias,"
+    " float eps, Tensor? pre_shift, Tensor? scale, Tensor? shift, Tensor? residual, float gain"
+)
+_PER_SAMPLE = ("pre_shift", "scale", "shift")
 
 
-def _library(i: _Inputs) -> Tensor:
-    """PyTorch's convolution behind whatever runs group_norm_silu here."""
-    s = group_norm_silu(**i.norm())
-    y = frozen_conv2d(s, i.weight, i.bias, padding=i.weight.shape[-1] // 2)
-    y = y if i.residual is None else y + i.residual.to(y.dtype)
-    return to_channels_last(y if i.gain == 1 else y * i.gain)
+def _forward(*arguments):
+    i = _Inputs(*arguments)
+    plan = plan_for("forward", i.x, shape_of(i.x, i.weight))
+    given = (i.x, i.num_groups, i.weight, i.bias, i.eps, i.after, i.residual, i.gain)
+    return norm_silu_conv_forward(*given, plan)[:2]
 
 
-@torch.library.custom_op("fastgan::norm_silu_conv", mutates_args=())
-def _op(
-    x: Tensor,
-    num_groups: int,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    pre_shift: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    gain: float,
-    next_groups: int,
-    next_eps: float,
-    next_pre_shift: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and mean and rstd of x's and (unless next_groups is 0) of y's groups."""
-    after = Affine(norm_weight, norm_bias, pre_shift, scale, shift)
-    plan = plan_for("forward", x, shape_of(x, weight))
-    y, found, of_y = norm_silu_conv_forward(
-        *(x, num_groups, weight, bias, eps, after, residual, gain, plan), sums=next_groups > 0
-    )
-    if not next_groups:
-        return y, found, found.new_empty(2, len(x), 0)
-    behind = Affine(pre_shift=next_pre_shift).dense()
-    return y, found, statistics(of_y or moments(y), next_groups, next_eps, behind)[0]
-
-
-@_op.register_fake
-def _(x, num_groups, norm_weight, norm_bias, weight, *rest):
-    n, _, height, width = x.shape
-    y = x.new_empty(n, weight.shape[0], height, width).to(memory_format=torch.channels_last)
-    found, of_y = (x.new_empty(2, n, g, dtype=torch.float32) for g in (num_groups, rest[-3]))
-    return y, found, of_y
-
-
-@torch.library.custom_op("fastgan::norm_silu_conv_backward", mutates_args=())
-def _backward_op(
-    dy: Tensor,
-    x: Tensor,
-    statistics: Tensor,
-    num_groups: int,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    weight: Tensor,
-    pre_shift: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    gain: float,
-    wanted: str,
-) -> list[Tensor]:
-    after = Affine(norm_weight, norm_bias, pre_shift, scale, shift)
-    plan = plan_for("backward", x, shape_of(x, weight))
-    found = norm_silu_conv_backward(
-        dy, x, statistics, num_groups, weight, after, gain, frozenset(wanted.split()), plan
-    )
+def _gradients(dy, statistics, wanted, *arguments):
+    i = _Inputs(*arguments)
+    plan = plan_for("backward", i.x, shape_of(i.x, i.weight))
+    given = (dy, i.x, statistics, i.num_groups, i.weight, i.after, i.gain)
+    found = norm_silu_conv_backward(*given, frozenset(wanted.split()), plan)
     return [getattr(found, name) for name in wanted.split()]
 
 
+_op = torch.library.custom_op(
+    "fastgan::norm_silu_conv",
+    _forward,
+    mutates_args=(),
+    schema=f"({_SCHEMA}) -> (Tensor, Tensor)",
+)
+_backward_op = torch.library.custom_op(
+    "fastgan::norm_silu_conv_backward",
+    _gradients,
+    mutates_args=(),
+    schema=f"(Tensor dy, Tensor statistics, str wanted, {_SCHEMA}) -> Tensor[]",
+)
+
+
+@_op.register_fake
+def _(*arguments):
+    i = _Inputs(*arguments)
+    y = i.x.new_empty(len(i.x), len(i.weight), *i.x.shape[2:])
+    statistics = i.x.new_empty(2, len(i.x), i.num_groups, dtype=torch.float32)
+    return y.contiguous(memory_format=torch.channels_last), statistics
+
+
 @_backward_op.register_fake
-def _(dy, x, statistics, num_groups, norm_weight, norm_bias, weight, pre_shift, scale, shift, *_):
-    wanted = _[-1]
-    shapes = {
-        "x": lambda: torch.empty_like(x),
-        "affine": lambda: x.new_empty(2, x.shape[1], dtype=torch.float32),
-        "pre_shift": lambda: pre_shift.new_empty(pre_shift.shape),
-        "scale": lambda: scale.new_empty(scale.shape),
-        "shift": lambda: shift.new_empty(shift.shape),
-    }
-    return [shapes[name]() for name in wanted.split()]
+def _(dy, statistics, wanted, *arguments):
+    i = _Inputs(*arguments)
+    of_affine = i.x.new_empty(2, i.x.shape[1], dtype=torch.float32)
+    return [
+        of_affine if name == "affine" else torch.empty_like(getattr(i, name))
+        for name in wanted.split()
+    ]
 
 
 def _setup(ctx, inputs, output):
-    i = _Inputs(*inputs[:12])
-    ctx.num_groups, ctx.gain = i.num_groups, i.gain
+    i = _Inputs(*inputs)
+    ctx.numbers = {"num_groups": i.num_groups, "eps": i.eps, "gain": i.gain}
     ctx.residual_dtype = None if i.residual is None else i.residual.dtype
-    per_sample = (i.pre_shift, i.scale, i.shift)
-    ctx.save_for_backward(i.x, output[1], i.norm_weight, i.norm_bias, i.weight, *per_sample)
+    # Backward reads neither of the two.
+    without = dict.fromkeys((*ctx.numbers, "bias", "residual"))
+    ctx.save_for_backward(output[1], *i._replace(**without))
 
 
-def _backward(ctx, dy, *_):
-    x, statistics, norm_weight, norm_bias, weight, *per_sample = ctx.saved_tensors
-    needs = _Inputs(*ctx.needs_input_grad[:12])
-    needed = {"x": needs.x, "affine": needs.norm_weight or needs.norm_bias}
-    needed |= {name: getattr(needs, name) for name in ("pre_shift", "scale", "shift")}
-    wanted = [name for name, asked in needed.items() if asked]
+def _backward(ctx, dy, _):
+    statistics, *saved = ctx.saved_tensors
+    i, needs = _Inputs(*saved)._replace(**ctx.numbers), _Inputs(*ctx.needs_input_grad)
+    asked = {name: getattr(needs, name) for name in ("x", *_PER_SAMPLE)}
+    asked["affine"] = needs.norm_weight or needs.norm_bias
+    wanted = [name for name in asked if asked[name]]
     found = {}
     if wanted:
-        arguments = (ctx.num_groups, norm_weight, norm_bias, weight, *per_sample, ctx.gain)
-        gradients = _backward_op(dy, x, statistics, *arguments, " ".join(wanted))
+        gradients = _backward_op(dy, statistics, " ".join(wanted), *i)
         found = dict(zip(wanted, gradients, strict=True))
-    affine = found.get("affine")
-    of_residual = (dy * ctx.gain).to(ctx.residual_dtype) if needs.residual else None
-    return (
-        found.get("x"),
-        None,
-        affine[0].to(norm_weight.dtype) if needs.norm_weight else None,
-        affine[1].to(norm_bias.dtype) if needs.norm_bias else None,
-        *(None, None, None),
-        *(found.get(name) for name in ("pre_shift", "scale", "shift")),
-        of_residual,
-        *(None, None, None, None),
-    )
+    for row, name in enumerate(("norm_weight", "norm_bias")):
+        if getattr(needs, name):
+            found[name] = found["affine"][row].to(getattr(i, name).dtype)
+    if needs.residual:
+        found["residual"] = (dy * i.gain).to(ctx.residual_dtype)
+    return tuple(found.get(name) for name in _Inputs._fields)
 
 
 _op.register_autograd(_backward, setup_context=_setup)
@@ -248,64 +197,28 @@ def norm_silu_conv(
     chosen = dispatch.implementation(OP, x.device.type, x.dtype)
     if chosen == "reference":
         return norm_silu_conv_ref(**i._asdict())
-    return _library(i) if chosen == "library" else _op(*_dense(i), 0, 0.0, None)[0]
+    return _library(i) if chosen == "library" else _op(*_dense(i))[0]
 
 
-def norm_silu_conv_statistics(
-    x: Tensor,
-    num_groups: int,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    next_groups: int,
-    next_eps: float,
-    next_pre_shift: Tensor | None = None,
-    eps: float,
-    pre_shift: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    residual: Tensor | None = None,
-    gain: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """norm_silu_conv's y, and mean and rstd [N, next_groups] of y + next_pre_shift, in float32.
-
-    For the norm behind it, which need not read y for them, and what it adds first [N, Cout]; they
-    carry no gradient, as a norm's backward pass takes them to be functions of its input.
-    """
-    after = (pre_shift, scale, shift, residual, gain)
-    i = _Inputs(x, num_groups, norm_weight, norm_bias, weight, bias, eps, *after)
-    _check(i)
-    if next_groups < 1 or weight.shape[0] % next_groups:
-        raise ValueError(
-            f"next_groups {next_groups} does not divide the {weight.shape[0]} channels of y"
-        )
-    n, cout = len(x), len(weight)
-    check_tensor("next_pre_shift", next_pre_shift, (n, cout), x)
-    before = None if next_pre_shift is None else next_pre_shift.detach().expand(n, cout)
-    if dispatch.implementation(OP, x.device.type, x.dtype) in ("triton", "tuned"):
-        y, _, found = _op(*_dense(i), next_groups, next_eps, before)
-        mean, rstd = found.detach()
-        return y, mean, rstd
-    y = norm_silu_conv(**i._asdict())
-    return y, *group_statistics_ref(y.detach(), next_groups, next_eps, before)
+def _library(i: _Inputs) -> Tensor:
+    """PyTorch's convolution behind whatever runs group_norm_silu here."""
+    embedding = {name: getattr(i, name) for name in _PER_SAMPLE}
+    s = group_norm_silu(i.x, i.num_groups, i.norm_weight, i.norm_bias, eps=i.eps, **embedding)
+    y = frozen_conv2d(s, i.weight, i.bias, padding=i.weight.shape[-1] // 2)
+    y = y if i.residual is None else y + i.residual.to(y.dtype)
+    return to_channels_last(y if i.gain == 1 else y * i.gain)
 
 
 def _dense(i: _Inputs) -> _Inputs:
     """Images in the layout that the kernels read; a row of the embedding for every sample."""
-    n, cin = i.x.shape[:2]
-    before, scale, shift = (
-        None if v is None else v.expand(n, cin) for v in (i.pre_shift, i.scale, i.shift)
-    )
-    return i._replace(
-        x=to_channels_last(i.x),
-        weight=to_channels_last(i.weight),
-        residual=None if i.residual is None else to_channels_last(i.residual),
-        pre_shift=before,
-        scale=scale,
-        shift=shift,
-    )
+    images = {"x": i.x, "weight": i.weight, "residual": i.residual}
+    dense: dict[str, Any] = {
+        k: None if v is None else to_channels_last(v) for k, v in images.items()
+    }
+    for name in _PER_SAMPLE:
+        value = getattr(i, name)
+        dense[name] = None if value is None else value.expand(i.x.shape[:2])
+    return i._replace(**dense)
 
 
 def _check(i: _Inputs) -> None:
@@ -315,10 +228,10 @@ def _check(i: _Inputs) -> None:
     if i.weight.ndim != 4 or i.weight.shape[1] != cin or i.weight.shape[2:] not in ((1, 1), (3, 3)):
         wanted = f"['Cout', {cin}, k, k] with k 1 or 3"
         raise ValueError(f"weight has shape {list(i.weight.shape)}, {wanted} would fit x")
-    cout = i.weight.shape[0]
+    cout = len(i.weight)
     for name in ("norm_weight", "norm_bias"):
         check_tensor(name, getattr(i, name), (cin,), i.x)
-    for name in ("pre_shift", "scale", "shift"):
+    for name in _PER_SAMPLE:
         check_tensor(name, getattr(i, name), (n, cin), i.x)
     check_tensor("bias", i.bias, (cout,), i.x)
     if i.residual is not None and tuple(i.residual.shape) != (n, cout, *size):

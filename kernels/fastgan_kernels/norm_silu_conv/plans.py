@@ -13,8 +13,6 @@ import torch
 
 from fastgan_kernels.runtime import next_power_of_2
 
-Form = Literal["library", "fused", "behind"]
-Loads = Literal["pointers", "rows", "boxes"]
 Direction = Literal["forward", "backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 Architecture = tuple[int, int]
@@ -27,31 +25,27 @@ class Plan:
     form: library (cuDNN and the norm's own kernels), fused (the loop normalises what it loads;
     backward, the epilogue has SiLU' and the norm's sums), behind (forward only: the norm's kernel
     writes the activations, the epilogue adds and sums up).
-    m, n, k: pixels, channels of the result, channels summed over in a step. loads: by pointers, or
-    by tensor descriptors (TMA on sm_90): rows of pixels, or boxes of whole image rows, which come
-    padded with zeros. tanh: SiLU by the hardware's approximation (2^-11), one special function in
-    place of two. persistent: programs per multiprocessor, each of which takes several tiles; 0: a
-    program per tile. specialized: a warp group loads for the others (sm_90, 64 x 128 tiles only).
+    m, n, k: pixels, channels of the result, channels summed over in a step. descriptors: tensor
+    descriptors (TMA on sm_90) fetch boxes of whole image rows, which come padded with zeros; else
+    pointers. tanh: SiLU by the hardware's approximation (2^-11), one special function in place of
+    two.
     """
 
-    form: Form = "library"
+    form: Literal["library", "fused", "behind"] = "library"
     m: int = 0
     n: int = 0
     k: int = 0
     warps: int = 0
     stages: int = 0
-    loads: Loads = "pointers"
+    descriptors: bool = False
     tanh: bool = False
-    persistent: int = 0
-    specialized: bool = False
 
     def __str__(self) -> str:
         if self.form == "library":
             return "library"
-        tile = f"{self.form} {self.m}x{self.n}x{self.k} w{self.warps} s{self.stages} {self.loads}"
-        words = {"tanh": self.tanh, f"persistent{self.persistent}": self.persistent}
-        words["specialized"] = self.specialized
-        return " ".join([tile, *(word for word, on in words.items() if on)])
+        words = [self.form, f"{self.m}x{self.n}x{self.k}", f"w{self.warps}", f"s{self.stages}"]
+        words += [name for name in ("descriptors", "tanh") if getattr(self, name)]
+        return " ".join(words)
 
 
 LIBRARY = Plan()
@@ -91,22 +85,16 @@ _SIXTEEN_BITS: dict[tuple[Architecture, Direction], tuple[Plan, ...]] = {
         Plan("fused", 64, 64, 64, 4, 3),
     ),
     ((9, 0), "forward"): (
-        Plan("fused", 128, 256, 64, 8, 3, "rows", tanh=True, persistent=1),
-        Plan("fused", 128, 256, 64, 8, 3, "rows", tanh=True),
+        Plan("fused", 128, 256, 64, 8, 3, descriptors=True, tanh=True),
+        Plan("fused", 128, 256, 64, 8, 3, descriptors=True),
         Plan("fused", 128, 256, 32, 8, 4, tanh=True),
-        Plan("fused", 128, 256, 32, 8, 4),
-        Plan("fused", 128, 128, 64, 8, 3, "rows", tanh=True),
-        Plan("fused", 64, 256, 64, 4, 3, "rows", tanh=True),
-        Plan("fused", 64, 128, 64, 4, 3, "rows", tanh=True, specialized=True),
-        Plan("behind", 128, 256, 64, 8, 3, "boxes", persistent=1),
-        Plan("behind", 128, 256, 64, 8, 3, "boxes"),
-        Plan("behind", 128, 256, 64, 8, 4, "boxes"),
-        Plan("behind", 128, 128, 64, 4, 4, "boxes"),
+        Plan("fused", 64, 256, 64, 4, 3, descriptors=True, tanh=True),
+        Plan("behind", 128, 256, 64, 8, 4, descriptors=True),
+        Plan("behind", 128, 128, 64, 4, 4, descriptors=True),
     ),
     ((9, 0), "backward"): (
-        Plan("fused", 128, 128, 64, 8, 3, "boxes"),
-        Plan("fused", 128, 128, 64, 8, 4, "boxes", persistent=1),
-        Plan("fused", 64, 128, 64, 4, 4, "boxes"),
+        Plan("fused", 128, 128, 64, 8, 3, descriptors=True),
+        Plan("fused", 64, 128, 64, 4, 4, descriptors=True),
         Plan("fused", 128, 64, 64, 8, 3),
     ),
 }
@@ -121,12 +109,7 @@ def candidates(
     plans: tuple[Plan, ...] = (_FLOAT32,)
     if dtype.itemsize == 2:
         plans = _SIXTEEN_BITS.get((architecture, direction), _SIXTEEN_BITS[(8, 0), direction])
-    seen = set()
-    for plan in plans:
-        cut = fitted(plan, direction, shape)
-        if cut not in seen:
-            seen.add(cut)
-            yield cut
+    yield from dict.fromkeys(fitted(plan, direction, shape) for plan in plans)
 
 
 def fitted(plan: Plan, direction: Direction, shape: Shape) -> Plan:
@@ -139,9 +122,7 @@ def fitted(plan: Plan, direction: Direction, shape: Shape) -> Plan:
         max(16, min(most, next_power_of_2(there)))
         for most, there in ((plan.m, shape.pixels), (plan.n // part, channels), (plan.k, depth))
     )
-    plan = replace(plan, m=m, n=n, k=k, warps=plan.warps // part)
-    if plan.loads == "boxes" and (m % shape.width or shape.width & (shape.width - 1)):
-        plan = replace(plan, loads="rows")
-    if plan.loads != "pointers" and (depth % 8 or channels % 8):
-        plan = replace(plan, loads="pointers")
-    return plan
+    # Boxes hold whole rows of the image, rows of memory multiples of 16 bytes.
+    addressable = not (m % shape.width or depth % 8 or channels % 8)
+    descriptors = plan.descriptors and addressable
+    return replace(plan, m=m, n=n, k=k, warps=plan.warps // part, descriptors=descriptors)

@@ -6,12 +6,13 @@ workspace [sums, N, tiles, C] in float32, which a program per sample and group a
 Moments are a mean and the squared deviations from it, merged as in Chan et al. 1983.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastgan_kernels.norm_silu.device import Gradients
 from fastgan_kernels.norm_silu.tiles import affine, per_channel
 from fastgan_kernels.runtime import cdiv, launch, next_power_of_2, rows, tl, triton
 
@@ -20,11 +21,8 @@ CHANNELS = 64
 
 
 @triton.jit
-def store_moments(
-    partial_ptr, v, inside, offs_c, mask_c, tile, apart, pixels, channels,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Mean and squared deviations of each channel of v [BLOCK pixels, channels] of one tile.
+def store_moments(partial_ptr, v, inside, offs_c, mask_c, tile, apart, channels):
+    """Mean and squared deviations of each channel of v [pixels, channels] of one tile.
 
     tile: of all samples' tiles; inside: which of the pixels exist; apart: from one sum of the
     workspace to the next.
@@ -39,23 +37,32 @@ def store_moments(
 
 @triton.jit
 def _own_tile(pixels, channels, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """The program's tile of all, its sample, its pixels and channels with their masks, offsets."""
+    """The program's tile of all, its sample; its pixels, channels, elements, each with a mask."""
     tile, tiles = tl.program_id(0), tl.cdiv(pixels, BLOCK)
     n = tile // tiles
     offs_p = tile % tiles * BLOCK + tl.arange(0, BLOCK)
     offs_c = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     offs = n.to(tl.int64) * pixels * channels + offs_p[:, None] * channels + offs_c[None, :]
-    return tile, n, offs_p < pixels, offs_c, offs_c < channels, offs
+    inside, mask_c = offs_p < pixels, offs_c < channels
+    return tile, n, inside, offs_c, mask_c, offs, inside[:, None] & mask_c[None, :]
 
 
 @triton.jit
 def _moments_kernel(
-    x_ptr, partial_ptr, apart, pixels, channels,
-    BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    x_ptr, partial_ptr, apart, pixels, channels, BLOCK: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    tile, _, inside, offs_c, mask_c, offs = _own_tile(pixels, channels, BLOCK, WIDE)
-    x = tl.load(x_ptr + offs, mask=inside[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
-    store_moments(partial_ptr, x, inside, offs_c, mask_c, tile, apart, pixels, channels, BLOCK)
+    tile, _, inside, offs_c, mask_c, offs, mask = _own_tile(pixels, channels, BLOCK, WIDE)
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    store_moments(partial_ptr, x, inside, offs_c, mask_c, tile, apart, channels)
+
+
+@triton.jit
+def _own_group(pixels, channels, groups, WIDE: tl.constexpr, TILE: tl.constexpr):
+    """The program's sample and group, its channels and their mask, the sample's tiles."""
+    n, group = tl.program_id(0), channels // groups
+    offs_s = tl.arange(0, WIDE)
+    offs_c = tl.program_id(1) * group + offs_s
+    return n, n * groups + tl.program_id(1), group, offs_c, offs_s < group, tl.cdiv(pixels, TILE)
 
 
 @triton.jit
@@ -65,40 +72,29 @@ def _statistics_kernel(
     apart, pixels, channels, groups, pre_shift_row, scale_row, shift_row, eps,
     WIDE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    n, g = tl.program_id(0), tl.program_id(1)
-    group = channels // groups
-    offs_s = tl.arange(0, WIDE)
-    offs_c, mask_c = g * group + offs_s, offs_s < group
-    tiles = tl.cdiv(pixels, TILE)
+    n, own, group, offs_c, mask_c, tiles = _own_group(pixels, channels, groups, WIDE, TILE)
     partial_ptr += n.to(tl.int64) * tiles * channels
-    before = per_channel(pre_shift_ptr, n * pre_shift_row + offs_c, mask_c, 0.0, WIDE)
     # Differences from the first tile, so that a large mean costs no digits.
     first = tl.load(partial_ptr + offs_c, mask=mask_c, other=0.0)
-    more = tl.zeros((WIDE,), tl.float32)
-    for start in range(0, tiles, BLOCK):
-        offs_t = start + tl.arange(0, BLOCK)
-        mask = (offs_t < tiles)[:, None] & mask_c[None, :]
-        mean = tl.load(
-            partial_ptr + offs_t[:, None] * channels + offs_c[None, :], mask=mask, other=0.0
-        )
-        count = tl.minimum(pixels - offs_t * TILE, TILE)[:, None]
-        more += tl.sum(tl.where(mask, count * (mean - first[None, :]), 0.0), axis=0)
-    centre = first + more / pixels + before
-    mean_of_group = tl.sum(tl.where(mask_c, centre, 0.0), axis=0) / group
-
-    squares = tl.zeros((WIDE,), tl.float32)
+    more, squares = tl.zeros((WIDE,), tl.float32), tl.zeros((WIDE,), tl.float32)
     for start in range(0, tiles, BLOCK):
         offs_t = start + tl.arange(0, BLOCK)
         mask = (offs_t < tiles)[:, None] & mask_c[None, :]
         offs = offs_t[:, None] * channels + offs_c[None, :]
-        away = tl.load(partial_ptr + offs, mask=mask, other=0.0) + before[None, :] - mean_of_group
-        count = tl.minimum(pixels - offs_t * TILE, TILE)[:, None]
+        away = tl.load(partial_ptr + offs, mask=mask, other=0.0) - first[None, :]
         inner = tl.load(partial_ptr + apart + offs, mask=mask, other=0.0)
+        count = tl.minimum(pixels - offs_t * TILE, TILE)[:, None]
+        more += tl.sum(tl.where(mask, count * away, 0.0), axis=0)
         squares += tl.sum(tl.where(mask, inner + count * away * away, 0.0), axis=0)
+    more /= pixels
+    before = per_channel(pre_shift_ptr, n * pre_shift_row + offs_c, mask_c, 0.0, WIDE)
+    centre = first + more + before
+    mean = tl.sum(tl.where(mask_c, centre, 0.0), axis=0) / group
+    apart_from_mean = tl.where(mask_c, centre - mean, 0.0)
+    squares += pixels * (apart_from_mean * apart_from_mean - more * more)
     rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / (group * pixels) + eps)
-    tl.store(mean_ptr + n * groups + g, mean_of_group)
-    tl.store(rstd_ptr + n * groups + g, rstd)
-
+    tl.store(mean_ptr + own, mean)
+    tl.store(rstd_ptr + own, rstd)
     if a_ptr is not None:
         a, b, _, _, _ = affine(
             n, weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_row, shift_row, offs_c, mask_c,
@@ -106,21 +102,19 @@ def _statistics_kernel(
         )  # fmt: skip
         a *= rstd
         tl.store(a_ptr + n * channels + offs_c, a, mask=mask_c)
-        tl.store(b_ptr + n * channels + offs_c, b + (before - mean_of_group) * a, mask=mask_c)
+        tl.store(b_ptr + n * channels + offs_c, b + (before - mean) * a, mask=mask_c)
 
 
 @triton.jit
 def _gradients_kernel(
-    partial_ptr, m1_ptr, m2_ptr, rstd_ptr, dpre_shift_ptr, dscale_ptr, dshift_ptr, dweight_ptr,
-    dbias_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
-    apart, pixels, channels, groups, scale_row, shift_row,
+    partial_ptr, of_dz_ptr, of_x_ptr, constant_ptr, mean_ptr, rstd_ptr,
+    dpre_shift_ptr, dscale_ptr, dshift_ptr, dweight_ptr, dbias_ptr,
+    weight_ptr, bias_ptr, pre_shift_ptr, scale_ptr, shift_ptr,
+    apart, pixels, channels, groups, pre_shift_row, scale_row, shift_row,
     WIDE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    n, g = tl.program_id(0), tl.program_id(1)
-    group = channels // groups
-    offs_s = tl.arange(0, WIDE)
-    offs_c, mask_c = g * group + offs_s, offs_s < group
-    tiles = tl.cdiv(pixels, TILE)
+    """Also of_dz, of_x and the constant [N, C] with which dx is of_dz dz + of_x x + constant."""
+    n, own, group, offs_c, mask_c, tiles = _own_group(pixels, channels, groups, WIDE, TILE)
     partial_ptr += n.to(tl.int64) * tiles * channels
     sum_dz = tl.zeros((WIDE,), tl.float32)
     sum_dz_xhat, sum_xhat = sum_dz, sum_dz
@@ -138,12 +132,15 @@ def _gradients_kernel(
     )
     m1 = tl.sum(tl.where(mask_c, a * sum_dz, 0.0), axis=0) / (group * pixels)
     m2 = tl.sum(tl.where(mask_c, a * sum_dz_xhat, 0.0), axis=0) / (group * pixels)
-    tl.store(m1_ptr + n * groups + g, m1)
-    tl.store(m2_ptr + n * groups + g, m2)
-
+    mean, rstd = tl.load(mean_ptr + own), tl.load(rstd_ptr + own)
     offs_nc = n * channels + offs_c
+    if of_dz_ptr is not None:
+        before = per_channel(pre_shift_ptr, n * pre_shift_row + offs_c, mask_c, 0.0, WIDE)
+        of_x = -rstd * rstd * m2
+        tl.store(of_dz_ptr + offs_nc, rstd * a, mask=mask_c)
+        tl.store(of_x_ptr + offs_nc, tl.zeros((WIDE,), tl.float32) + of_x, mask=mask_c)
+        tl.store(constant_ptr + offs_nc, of_x * (before - mean) - rstd * m1, mask=mask_c)
     if dpre_shift_ptr is not None:
-        rstd = tl.load(rstd_ptr + n * groups + g)
         dpre_shift = rstd * (a * sum_dz - m1 * pixels - m2 * sum_xhat)
         tl.store(dpre_shift_ptr + offs_nc, dpre_shift, mask=mask_c)
     if dscale_ptr is not None:
@@ -158,32 +155,23 @@ def _gradients_kernel(
 
 @triton.jit
 def _dx_kernel(
-    x_ptr, dz_ptr, dx_ptr, residual_ptr, mean_ptr, rstd_ptr, m1_ptr, m2_ptr,
-    weight_ptr, pre_shift_ptr, scale_ptr,
-    pixels, channels, groups, pre_shift_row, scale_row, residual_scale,
-    BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    x_ptr, dz_ptr, dx_ptr, residual_ptr, of_dz_ptr, of_x_ptr, constant_ptr,
+    pixels, channels, residual_scale, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    _, n, inside, offs_c, mask_c, offs = _own_tile(pixels, channels, BLOCK, WIDE)
-    before = per_channel(pre_shift_ptr, n * pre_shift_row + offs_c, mask_c, 0.0, WIDE)
-    a, _, _, _, _ = affine(n, weight_ptr, None, scale_ptr, None, scale_row, 0, offs_c, mask_c, WIDE)
-    offs_g = n * groups + offs_c // (channels // groups)
-    mean = tl.load(mean_ptr + offs_g, mask=mask_c, other=0.0)
-    rstd = tl.load(rstd_ptr + offs_g, mask=mask_c, other=0.0)
-    m1 = tl.load(m1_ptr + offs_g, mask=mask_c, other=0.0)
-    m2 = tl.load(m2_ptr + offs_g, mask=mask_c, other=0.0)
-    mask = inside[:, None] & mask_c[None, :]
-    u = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + before[None, :]
+    _, n, _, offs_c, mask_c, offs, mask = _own_tile(pixels, channels, BLOCK, WIDE)
+    of_dz = tl.load(of_dz_ptr + n * channels + offs_c, mask=mask_c, other=0.0)
+    of_x = tl.load(of_x_ptr + n * channels + offs_c, mask=mask_c, other=0.0)
+    constant = tl.load(constant_ptr + n * channels + offs_c, mask=mask_c, other=0.0)
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     dz = tl.load(dz_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    xhat = (u - mean[None, :]) * rstd[None, :]
-    dx = rstd[None, :] * (a[None, :] * dz - m1[None, :] - xhat * m2[None, :])
+    dx = of_dz[None, :] * dz + (of_x[None, :] * x + constant[None, :])
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         dx += residual_scale * residual
     tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-@dataclass(frozen=True)
-class Affine:
+class Affine(NamedTuple):
     """What follows the normalisation: [C] weight and bias, dense rows of [N, C] for the rest."""
 
     weight: Tensor | None = None
@@ -193,20 +181,12 @@ class Affine:
     shift: Tensor | None = None
 
     def dense(self) -> "Affine":
-        per_sample = (rows(v) for v in (self.pre_shift, self.scale, self.shift))
-        return Affine(self.weight, self.bias, *per_sample)
+        return Affine(self.weight, self.bias, *map(rows, self[2:]))
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.weight, self.bias, self.pre_shift, self.scale, self.shift
-
-    @property
-    def strides(self) -> tuple[int, int, int]:
+    def strides(self) -> list[int]:
         """From one sample's pre_shift, scale and shift to the next; 0 where all share a row."""
-        before, scale, shift = (
-            0 if v is None else v.stride(0) for v in (self.pre_shift, self.scale, self.shift)
-        )
-        return before, scale, shift
+        return [0 if v is None else v.stride(0) for v in self[2:]]
 
 
 class Moments(NamedTuple):
@@ -217,99 +197,97 @@ class Moments(NamedTuple):
     pixels: int
 
 
-def workspace(sums: int, x: Tensor, block: int, channels: int) -> Tensor:
-    """[sums, N, tiles of `block` pixels, channels], float32."""
+def workspace(sums: int, x: Tensor, block: int, channels: int) -> Moments:
+    """Memory for the sums over tiles of `block` of x's pixels."""
     n, _, height, width = x.shape
     shape = (sums, n, cdiv(height * width, block), channels)
-    return torch.empty(shape, dtype=torch.float32, device=x.device)
+    partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+    return Moments(partial, block, height * width)
 
 
-def pixel_tile(pixels: int) -> int:
+def _start_by_tile(kernel: Any, x: Tensor, block: int, *args: Any) -> None:
+    n, channels, height, width = x.shape
+    grid = (n * cdiv(height * width, block), cdiv(channels, CHANNELS))
+    launch(kernel, grid, *args, **{"BLOCK": block, "WIDE": CHANNELS, "num_warps": 8})
+
+
+def _start_by_group(
+    kernel: Any,
+    of: Moments,
+    groups: int,
+    after: Affine,
+    found: Iterable[Tensor | None],
+    *eps: float,
+) -> None:
+    _, n, _, channels = of.partial.shape
+    wide = max(16, next_power_of_2(channels // groups))
+    launch(
+        kernel,
+        (n, groups),
+        *(of.partial, *found, *after),
+        *(of.partial.stride(0), of.pixels, channels, groups, *after.strides, *eps),
+        **{"WIDE": wide, "TILE": of.block, "BLOCK": max(1, 1024 // wide), "num_warps": 4},
+    )
+
+
+def pixel_tile(x: Tensor) -> int:
     """Pixels of a tile, of 128 at most, where no convolution decides."""
-    return min(128, next_power_of_2(pixels))
+    return min(128, next_power_of_2(x.shape[2] * x.shape[3]))
 
 
 def moments(x: Tensor) -> Moments:
     """Mean and squared deviations of every tile (see pixel_tile) of x."""
-    n, channels, height, width = x.shape
-    block = pixel_tile(height * width)
-    partial = workspace(2, x, block, channels)
-    tiles = partial.shape[2]
-    launch(
-        _moments_kernel,
-        (n * tiles, cdiv(channels, CHANNELS)),
-        *(x, partial, partial.stride(0), height * width, channels),
-        **{"BLOCK": block, "WIDE": CHANNELS, "num_warps": 8},
-    )
-    return Moments(partial, block, height * width)
+    of = workspace(2, x, pixel_tile(x), x.shape[1])
+    arguments = (x, of.partial, of.partial.stride(0), of.pixels, x.shape[1])
+    _start_by_tile(_moments_kernel, x, of.block, *arguments)
+    return of
 
 
 def statistics(
-    of: Moments, groups: int, eps: float, after: Affine | None = None, *, fused: bool = False
+    of: Moments, groups: int, eps: float, after: Affine, *, fused: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """mean and rstd [2, N, G] of what the moments are of, with `after`'s pre_shift added.
 
     `fused`: also a and b [2, N, C], with which the whole norm of x is a x + b.
     """
-    after = after or Affine()
     _, n, _, channels = of.partial.shape
     found = of.partial.new_empty(2, n, groups)
     coefficients = of.partial.new_empty(2, n, channels) if fused else None
-    launch(
-        _statistics_kernel,
-        (n, groups),
-        *(of.partial, *found, *((None, None) if coefficients is None else coefficients)),
-        *(*after.tensors, of.partial.stride(0), of.pixels, channels, groups, *after.strides, eps),
-        **_plan(channels // groups, of.block),
-    )
+    written = (*found, *((None, None) if coefficients is None else coefficients))
+    _start_by_group(_statistics_kernel, of, groups, after, written, eps)
     return found, coefficients
 
 
-def _plan(group: int, block: int) -> dict[str, int]:
-    """Constexprs and warps of the kernels that add up a group's tiles of `block` pixels."""
-    wide = max(16, next_power_of_2(group))
-    return {"WIDE": wide, "TILE": block, "BLOCK": max(1, 1024 // wide), "num_warps": 4}
-
-
-def reduce_gradients(
-    of: Moments, groups: int, rstd: Tensor, after: Affine, *found: Tensor | None
-) -> Tensor:
-    """m1 and m2 [2, N, G], the means that dx needs, of the sums over dz.
-
-    found: where the gradients of pre_shift, scale, shift, and by sample of weight and bias, go.
-    """
-    _, n, _, channels = of.partial.shape
-    means = of.partial.new_empty(2, n, groups)
-    _, scale_row, shift_row = after.strides
-    launch(
-        _gradients_kernel,
-        (n, groups),
-        *(of.partial, *means, rstd, *found, after.weight, after.bias, after.scale, after.shift),
-        *(of.partial.stride(0), of.pixels, channels, groups, scale_row, shift_row),
-        **_plan(channels // groups, of.block),
-    )
-    return means
-
-
-def input_grad(
+def gradients(
+    of: Moments,
     x: Tensor,
     dz: Tensor,
-    statistics: Tensor,
-    means: Tensor,
+    found: Tensor,
     after: Affine,
-    residual: Tensor | None = None,
-    residual_scale: float = 1.0,
-) -> Tensor:
-    """dx of the norm for the gradient dz behind it, from the sums over dz, and the residual's."""
-    n, channels, height, width = x.shape
-    dx = torch.empty_like(x)
-    groups, block = statistics.shape[2], pixel_tile(height * width)
-    before_row, scale_row, _ = after.strides
-    launch(
-        _dx_kernel,
-        (n * cdiv(height * width, block), cdiv(channels, CHANNELS)),
-        *(x, dz, dx, residual, *statistics, *means, after.weight, after.pre_shift, after.scale),
-        *(height * width, channels, groups, before_row, scale_row, residual_scale),
-        **{"BLOCK": block, "WIDE": CHANNELS, "num_warps": 8},
-    )
-    return dx
+    wanted: frozenset[str],
+    residual: Tensor | None,
+    residual_scale: float,
+) -> Gradients:
+    """Those named in `wanted`, of the norm in front of dz; x's with residual_scale * residual.
+
+    of: the sums over dz; found: mean and rstd [2, N, G] of x + pre_shift.
+    """
+    _, n, _, channels = of.partial.shape
+    per_sample = {
+        name: value.new_empty(n, channels) if name in wanted and value is not None else None
+        for name, value in after._asdict().items()
+        if name in ("pre_shift", "scale", "shift")
+    }
+    result = Gradients(**per_sample)
+    rows_of_dx = of.partial.new_empty(3, n, channels) if "x" in wanted else None
+    shares = of.partial.new_empty(2, n, channels) if "affine" in wanted else None
+    written = [*((None, None, None) if rows_of_dx is None else rows_of_dx), *found]
+    written += [*per_sample.values(), *((None, None) if shares is None else shares)]
+    _start_by_group(_gradients_kernel, of, found.shape[2], after, written)
+    if shares is not None:
+        result.affine = shares.sum(dim=1)
+    if rows_of_dx is not None:
+        result.x = torch.empty_like(x)
+        arguments = (x, dz, result.x, residual, *rows_of_dx, of.pixels, channels, residual_scale)
+        _start_by_tile(_dx_kernel, x, pixel_tile(x), *arguments)
+    return result

@@ -1,11 +1,13 @@
 """Which plan norm_silu_conv runs by, where `python -m fastgan_kernels.tune` measured.
 
-tuned/sm_90.json and its like hold, for each shape, dtype and direction, the fastest Triton plan and
-whether it beat the library there. Without a file, or for a shape that is not in it, the library
-runs. A convolution's speed hardly depends on the batch once it fills the GPU: it is no key.
+sm_90.json and its like in the user's cache hold, for each shape, dtype and direction, the fastest
+Triton plan and whether it beat the library there. Without a file, or for a shape that is not in it,
+the library runs. A convolution's speed hardly depends on the batch once it fills the GPU: it is no
+key.
 """
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -16,10 +18,20 @@ import torch
 from torch import Tensor
 
 from fastgan_kernels import dispatch
-from fastgan_kernels.norm_silu_conv.plans import LIBRARY, Direction, Plan, Shape, candidates, fitted
+from fastgan_kernels.norm_silu_conv.plans import (
+    LIBRARY,
+    Architecture,
+    Direction,
+    Plan,
+    Shape,
+    candidates,
+    fitted,
+)
 
 OP = "norm_silu_conv"
-FOLDER = Path(__file__).with_name("tuned")
+SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+CACHE = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+FOLDER = Path(CACHE, "fastgan", "tuned")
 Key = tuple[Shape, str, Direction]
 
 
@@ -47,15 +59,15 @@ class Entry:
         return self.us < self.library_us
 
 
-def path(architecture: tuple[int, int]) -> Path:
+def path(architecture: Architecture) -> Path:
     """The file of a GPU's architecture; it need not exist."""
     return FOLDER / f"sm_{architecture[0]}{architecture[1]}.json"
 
 
 def write(file: Path, header: dict[str, Any], entries: Iterable[Entry]) -> None:
     """Replaces the table; `header` says of what machine it is and how it was made."""
-    content = {**header, "entries": [asdict(entry) for entry in entries]}
     aside = file.with_suffix(".part")
+    content = {**header, "entries": [asdict(entry) for entry in entries]}
     aside.write_text(json.dumps(content, indent=1) + "\n")
     aside.replace(file)
 
@@ -78,21 +90,9 @@ def read(file: Path) -> dict[Key, Entry]:
 
 
 @cache
-def table(architecture: tuple[int, int]) -> dict[Key, Entry]:
+def table(architecture: Architecture) -> dict[Key, Entry]:
     """The table of a GPU's architecture, read once."""
     return read(path(architecture))
-
-
-@cache
-def unmeasured() -> str | None:
-    """Why no table says which kernels are faster on this GPU than the library, or None."""
-    major, minor = torch.cuda.get_device_capability()
-    if path((major, minor)).is_file():
-        return None
-    return f"nothing was measured on sm_{major}{minor}, python -m fastgan_kernels.tune would"
-
-
-dispatch.unmeasured[OP] = unmeasured
 
 
 def plan_for(direction: Direction, x: Tensor, shape: Shape) -> Plan:
@@ -109,10 +109,19 @@ def plan_for(direction: Direction, x: Tensor, shape: Shape) -> Plan:
     return next(candidates(architecture, x.dtype, direction, shape))
 
 
-SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+@cache
+def capability(device: torch.device) -> Architecture:
+    """The device's; an A100's where it is no CUDA device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
 
 
 @cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """The device's; an A100's where it is no CUDA device."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+def unmeasured() -> str | None:
+    """Why no table says which kernels are faster on this GPU than the library, or None."""
+    major, minor = torch.cuda.get_device_capability()
+    if path((major, minor)).is_file():
+        return None
+    return f"nothing was measured on sm_{major}{minor}, python -m fastgan_kernels.tune would"
+
+
+dispatch.unmeasured[OP] = unmeasured
