@@ -10,7 +10,6 @@ from fastgan import config as cfg
 from fastgan.common import distributed
 from fastgan.common.errors import UserError
 from fastgan.common.files import file_sha256, replace_atomically
-from fastgan.common.precision import strict_float32
 from fastgan.data import open_dataset
 from fastgan.evaluation.features import FeatureExtractor
 from fastgan.evaluation.frechet import Statistics, write_statistics
@@ -22,15 +21,13 @@ from fastgan.evaluation.protocol import (
 )
 from fastgan.launch import build, checks
 from fastgan.launch.cli import hydra_command
-from fastgan.launch.engine import select_kernels
+from fastgan.launch.engine import prepare_process
 from fastgan.models import Precond
 
 
 def evaluate(config: cfg.EvaluateConfig) -> None:
     """Frechet distance of a network's (or finished) images to a reference, as one JSON file."""
-    checks.require_finite(config)
-    checks.require_positive(config, "batch")
-    checks.check_sampler(config, "sampler")
+    checks.check_sampling(config)
     if (config.checkpoint is None) == (config.images is None):
         raise UserError("one of checkpoint=... and images=... expected, not both and not neither")
     out = Path(config.out)
@@ -42,8 +39,7 @@ def evaluate(config: cfg.EvaluateConfig) -> None:
     else:
         checks.existing(str(config.images), "images")
     world = distributed.init(config.device.value)
-    strict_float32()
-    select_kernels(config.kernels.value, world.device)
+    prepare_process(config, world.device)
     network = None
     if config.checkpoint is not None:
         network = build.saved_network(config.checkpoint, world.device)
