@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -247,23 +248,22 @@ def saved_network(path: str, device: torch.device) -> tuple[Precond, Path]:
 
 
 def extractor_and_reference(
-    extractor: str,
-    weights: str | None,
+    config: cfg.EvalConfig | cfg.EvaluateConfig,
     reference: str | ImageDataset,
     device: torch.device,
-    batch: int,
     *,
     progress: bool = False,
 ) -> tuple[FeatureExtractor, Statistics]:
     """The feature network and the statistics of what generated images are compared with."""
+    assert config.extractor is not None
+    load = partial(load_extractor, config.extractor, device=device, weights=config.weights)
     if isinstance(reference, str) and reference.endswith(".npz"):
-        path = checks.existing(reference, "reference")
-        features = load_extractor(extractor, device=device, weights=weights)
-        return features, load_reference(path, features, batch)
+        path, features = checks.existing(reference, "reference"), load()
+        return features, load_reference(path, features, config.batch)
     data = open_dataset(reference) if isinstance(reference, str) else reference
-    images = data.images(np.arange(len(data))) if extractor.startswith("pca") else None
-    features = load_extractor(extractor, device=device, weights=weights, data=images)
-    return features, dataset_statistics(data, features, batch, progress=progress)
+    images = data.images(np.arange(len(data))) if config.extractor.startswith("pca") else None
+    features = load(data=images)
+    return features, dataset_statistics(data, features, config.batch, progress=progress)
 
 
 def _image_shape(data: ImageDataset) -> dict[str, Any]:

@@ -99,10 +99,9 @@ def _describe_batch(config: cfg.RunConfig, world: World) -> str:
     rounds = f"{config.batch // world.size // batch_gpu} rounds x {batch_gpu}"
     if config.batch_gpu == checks.AUTO:
         rounds = f"{batch_gpu} in rounds of batch_gpu=auto"
-    also = (
-        " (also the batch of the heads' BatchNorm)" if isinstance(config, cfg.TrainConfig) else ""
-    )
-    return f"batch {config.batch} = {world.size} processes x {rounds} images{also}"
+    text = f"batch {config.batch} = {world.size} processes x {rounds} images"
+    trains_heads = isinstance(config, cfg.TrainConfig)
+    return f"{text} (also the batch of the heads' BatchNorm)" if trains_heads else text
 
 
 def millions(module: nn.Module) -> str:
@@ -120,9 +119,8 @@ def evaluation(
     e = config.eval
     if e.extractor is not None:
         with strict_within():
-            features, reference = build.extractor_and_reference(
-                e.extractor, e.weights, e.reference or data, world.device, e.batch
-            )
+            where = e.reference or data
+            features, reference = build.extractor_and_reference(e, where, world.device)
 
     @strict_within()
     @naming_what_fits("eval.batch", e.batch, [e.batch // 2 or 1])
