@@ -156,9 +156,6 @@ def check_run(config: RunConfig) -> None:
         raise UserError(f"data.resident={resident!r}, auto, true or false would be right")
     if workers < 0:
         raise UserError(f"data.workers={workers} is out of range, 0 or more would be right")
-    for key in ("total_images", "tick", "snapshot"):
-        images(getattr(config, key), key, least=1)
-    images(config.ema.half_life, "ema.half_life")
     require_positive(config, "keep", "timeout", "eval.images", "eval.batch")
     _check_sampler(config, "eval.sampler")
 

@@ -26,10 +26,15 @@ GRID_SEEDS = list(range(64))
 
 
 def start(config: cfg.RunConfig) -> World:
-    """Joins the job and prepares this process; UserError where the batch does not split over it."""
+    """Joins the job and prepares this process.
+
+    UserError where the batch does not split over it, or a number of images is none.
+    """
     world = distributed.init(config.device.value, config.timeout)
     prepare_process(config, world.device)
     checks.local_batches(config, world.size)
+    schedule(config)
+    checks.images(config.ema.half_life, "ema.half_life")
     return world
 
 
