@@ -16,7 +16,7 @@ demo: .venv/.ready ## fine-tune the embedded digits model: a table and a picture
 	@$(PYTHON) tools/demo.py
 
 demo-study: .venv/.ready ## the demo over three seeds, with its controls
-	@$(PYTHON) tools/demo_study.py
+	@$(PYTHON) tools/demo.py --study
 
 pretrain-demo: .venv/.ready ## train the demo's pre-trained model again from nothing
 	@$(PYTHON) tools/pretrain_demo.py

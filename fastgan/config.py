@@ -236,7 +236,9 @@ class RunConfig:
     timeout: float = 600
     """Seconds that a process waits for the others before it gives them up."""
     dry_run: bool = False
+    precision: Precision = Precision.published
     data: DataConfig = field(default_factory=DataConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     published: Any = None
     """What the paper reports for this experiment; null where it reports nothing."""
@@ -249,7 +251,6 @@ class TrainConfig(RunConfig):
     engine: Engine = Engine.plain
     compile: CompileConfig = field(default_factory=CompileConfig)
     fast: FastConfig = field(default_factory=FastConfig)
-    precision: Precision = Precision.published
     arithmetic: ArithmeticConfig = field(default_factory=ArithmeticConfig)
     nonfinite: NonFinite = NonFinite.skip
     share_fakes: bool = False
@@ -258,7 +259,6 @@ class TrainConfig(RunConfig):
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    ema: EmaConfig = field(default_factory=EmaConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 
 
@@ -286,10 +286,8 @@ class PretrainConfig(RunConfig):
 
     network: dict[str, Any] = field(default_factory=dict)
     """precond, model_type and the UNet's arguments; image shape and labels come from the data."""
-    precision: Precision = Precision.published
     optim: PretrainOptimConfig = field(default_factory=PretrainOptimConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
-    ema: EmaConfig = field(default_factory=EmaConfig)
 
 
 @dataclass

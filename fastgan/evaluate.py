@@ -4,13 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastgan import config as cfg
 from fastgan.common import distributed
 from fastgan.common.errors import UserError
 from fastgan.common.files import file_sha256, replace_atomically
-from fastgan.common.precision import strict_float32
 from fastgan.data import open_dataset
 from fastgan.evaluation.features import FeatureExtractor
 from fastgan.evaluation.frechet import Statistics, write_statistics
@@ -22,15 +19,12 @@ from fastgan.evaluation.protocol import (
 )
 from fastgan.launch import build, checks
 from fastgan.launch.cli import hydra_command
-from fastgan.launch.engine import select_kernels
-from fastgan.models import Precond
+from fastgan.launch.engine import prepare_process
 
 
 def evaluate(config: cfg.EvaluateConfig) -> None:
     """Frechet distance of a network's (or finished) images to a reference, as one JSON file."""
-    checks.require_finite(config)
-    checks.require_positive(config, "batch")
-    checks.check_sampler(config, "sampler")
+    checks.check_sampling(config)
     if (config.checkpoint is None) == (config.images is None):
         raise UserError("one of checkpoint=... and images=... expected, not both and not neither")
     out = Path(config.out)
@@ -41,22 +35,21 @@ def evaluate(config: cfg.EvaluateConfig) -> None:
         build.find_network(config.checkpoint)
     else:
         checks.existing(str(config.images), "images")
-    world = distributed.init(config.device.value)
-    strict_float32()
-    select_kernels(config.kernels.value, world.device)
+    device = distributed.init(config.device.value).device
+    prepare_process(config, device)
     network = None
     if config.checkpoint is not None:
-        network = build.saved_network(config.checkpoint, world.device)
+        network = build.saved_network(config.checkpoint, device)
     extractor, reference = build.extractor_and_reference(
-        config.extractor,
-        config.weights,
-        config.reference,
-        world.device,
-        config.batch,
-        progress=True,
+        config, config.reference, device, progress=True
     )
     if network is not None:
-        generated, made_by = _of_network(config, *network, seeds, extractor, world.device)
+        sample = build.sample_fn(network[0], config.sampler, device)
+        generated = generator_statistics(sample, seeds, extractor, config.batch, progress=True)
+        made_by: dict[str, Any] = {
+            "checkpoint": {"file": str(network[1]), "sha256": file_sha256(network[1])},
+            "sampler": {"kind": config.sampler.kind, "steps": config.sampler.steps},
+        }
     else:
         generated, made_by = _of_images(config, extractor), {"images": config.images}
     result = {**score(generated, reference, extractor), **made_by}
@@ -67,23 +60,6 @@ def evaluate(config: cfg.EvaluateConfig) -> None:
         with replace_atomically(out) as file:
             file.write((text + "\n").encode())
         print(text)
-
-
-def _of_network(
-    config: cfg.EvaluateConfig,
-    network: Precond,
-    file: Path,
-    seeds: list[int],
-    extractor: FeatureExtractor,
-    device: torch.device,
-) -> tuple[Statistics, dict[str, Any]]:
-    sample = build.sample_fn(network, config.sampler, device)
-    statistics = generator_statistics(sample, seeds, extractor, config.batch, progress=True)
-    sampler = {"kind": config.sampler.kind, "steps": config.sampler.steps}
-    return statistics, {
-        "checkpoint": {"file": str(file), "sha256": file_sha256(file)},
-        "sampler": sampler,
-    }
 
 
 def _of_images(config: cfg.EvaluateConfig, extractor: FeatureExtractor) -> Statistics:

@@ -15,23 +15,19 @@ from fastgan import config as cfg
 from fastgan.common import distributed
 from fastgan.common.errors import UserError
 from fastgan.common.files import replace_atomically
-from fastgan.common.precision import strict_float32
 from fastgan.evaluation.grid import save_grid
 from fastgan.launch import build, checks
 from fastgan.launch.cli import hydra_command
-from fastgan.launch.engine import select_kernels
+from fastgan.launch.engine import prepare_process
 
 
 def sample(config: cfg.SampleConfig) -> None:
     """Writes the images of the seeds as an .npz, a grid (.png) or a folder of PNG files."""
-    checks.require_finite(config)
-    checks.require_positive(config, "batch")
-    checks.check_sampler(config, "sampler")
+    checks.check_sampling(config)
     world = distributed.init(config.device.value)
     if world.size > 1:
         raise UserError("fastgan.sample runs as one process, without torchrun would be right")
-    strict_float32()
-    select_kernels(config.kernels.value, world.device)
+    prepare_process(config, world.device)
     out, seeds = Path(config.out), checks.seed_range(config.seeds)
     if out.exists():
         raise UserError(f"out={out} exists, a new name would be right")

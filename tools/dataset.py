@@ -1,6 +1,5 @@
 """Makes, describes and checks image datasets: convert, info, check, grid. See docs/datasets.md."""
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,70 +13,59 @@ from fastgan.data.convert import TRANSFORMS, Conversion, convert, problems
 from fastgan.data.sources import open_source
 
 _GRID_ROWS, _GRID_COLUMNS = 8, 16
+_ANY = "zip, folder, digits, digits/val or digits/test"
 
 
 def main() -> int:
-    options = _parser().parse_args()
-    return options.command(options)
+    options = vars(_parser().parse_args())
+    return options.pop("command")(**options)
 
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
-    _add_convert(commands.add_parser("convert", help="pictures of any size to a dataset zip"))
-    described = commands.add_parser("info", help="count, resolution, channels, classes, sha256")
-    described.add_argument("path", help="zip, folder, digits, digits/val or digits/test")
-    described.set_defaults(command=_info)
-    checked = commands.add_parser("check", help="decode every image; exit 1 on any problem")
-    checked.add_argument("path", help="zip or folder")
-    checked.set_defaults(command=_check)
-    drawn = commands.add_parser("grid", help="a picture of 8 x 16 images, spread evenly")
-    drawn.add_argument("path", help="zip, folder, digits, digits/val or digits/test")
-    drawn.add_argument("picture", help="the .png to write")
-    drawn.set_defaults(command=_grid)
-    return parser
-
-
-def _add_convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="folder or zip of pictures")
-    parser.add_argument("target", help="the .zip to write; must not exist")
-    parser.add_argument(
-        "--resolution", type=int, help="side in pixels (default: the first image's)"
-    )
-    parser.add_argument("--transform", choices=list(TRANSFORMS), default="none")
-    parser.add_argument("--channels", type=int, choices=[1, 3], default=3, help="1 = grey, 3 = RGB")
-    parser.add_argument(
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    made = commands.add_parser("convert", help="pictures of any size to a dataset zip")
+    made.add_argument("source", help="folder or zip of pictures")
+    made.add_argument("target", help="the .zip to write; must not exist")
+    made.add_argument("--resolution", type=int, help="side in pixels (default: the first image's)")
+    made.add_argument("--transform", choices=list(TRANSFORMS), default="none")
+    made.add_argument("--channels", type=int, choices=[1, 3], default=3, help="1 = grey, 3 = RGB")
+    made.add_argument(
         "--labels",
         choices=["source", "from-folders", "none"],
         default="source",
         help="source: its dataset.json, or a folder's class folders (default); "
         "from-folders: the first folder of every name; none: unlabelled",
     )
-    parser.add_argument("--max-images", type=int, help="a fixed random subset of that size")
-    parser.set_defaults(command=_convert)
+    made.add_argument("--max-images", type=int, help="a fixed random subset of that size")
+    made.set_defaults(command=_convert)
+    described = commands.add_parser("info", help="count, resolution, channels, classes, sha256")
+    described.add_argument("path", help=_ANY)
+    described.set_defaults(command=_info)
+    checked = commands.add_parser("check", help="decode every image; exit 1 on any problem")
+    checked.add_argument("path", help="zip or folder")
+    checked.set_defaults(command=_check)
+    drawn = commands.add_parser("grid", help="a picture of 8 x 16 images, spread evenly")
+    drawn.add_argument("path", help=_ANY)
+    drawn.add_argument("picture", help="the .png to write")
+    drawn.set_defaults(command=_grid)
+    return parser
 
 
-def _convert(options: argparse.Namespace) -> int:
-    how = Conversion(
-        transform=options.transform,
-        resolution=options.resolution,
-        channels=options.channels,
-        labels=options.labels,
-        max_images=options.max_images,
-    )
-    count = convert(options.source, options.target, how)
-    print(f"{count} images in {options.target}")
+def _convert(source: str, target: str, **how: object) -> int:
+    count = convert(source, target, Conversion(**how))  # type: ignore[arg-type]
+    print(f"{count} images in {target}")
     return 0
 
 
-def _info(options: argparse.Namespace) -> int:
-    dataset = open_dataset(options.path)
+def _info(path: str) -> int:
+    dataset = open_dataset(path)
     for key, value in dataset.provenance().items():
         print(f"{key}: {value}")
     print(f"label_dim: {dataset.label_dim}")
     print(f"classes: {_histogram(dataset)}")
-    if Path(options.path).is_file():
-        print(f"sha256: {file_sha256(options.path)}")
+    if Path(path).is_file():
+        print(f"sha256: {file_sha256(path)}")
     return 0
 
 
@@ -90,9 +78,8 @@ def _histogram(dataset: ImageDataset) -> str:
     return " ".join(f"{label}:{count}" for label, count in enumerate(counts))
 
 
-def _check(options: argparse.Namespace) -> int:
-    source = open_source(options.path)
-    found = 0
+def _check(path: str) -> int:
+    source, found = open_source(path), 0
     for problem in problems(source):
         tqdm.write(problem, file=sys.stdout)
         found += 1
@@ -100,17 +87,16 @@ def _check(options: argparse.Namespace) -> int:
     return 1 if found else 0
 
 
-def _grid(options: argparse.Namespace) -> int:
+def _grid(path: str, picture: str) -> int:
     # Imported here: torch takes seconds that the other commands need not wait.
     import torch
 
     from fastgan.evaluation.grid import save_grid
 
-    dataset = open_dataset(options.path)
+    dataset = open_dataset(path)
     count = min(len(dataset), _GRID_ROWS * _GRID_COLUMNS)
     chosen = np.linspace(0, len(dataset) - 1, count).astype(int)
-    images = torch.from_numpy(dataset.images(chosen))
-    save_grid(images, options.picture, min(count, _GRID_COLUMNS))
+    save_grid(torch.from_numpy(dataset.images(chosen)), picture, min(count, _GRID_COLUMNS))
     return 0
 
 

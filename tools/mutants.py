@@ -16,7 +16,7 @@ from pathlib import Path
 from fastgan.common.errors import ArgumentParser, UserError, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("kernels", "fastgan", "configs", "tests", "tools", "pyproject.toml")
+COPIED = ("kernels", "fastgan", "configs", "tests", "tools")
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,10 @@ def kills(mutant: Mutant) -> bool:
     """Whether the mutant's test fails on a copy with the mutation (and passes without it)."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
+        shutil.copy(ROOT / "pyproject.toml", copy)
         for name in COPIED:
-            source = ROOT / name
-            if source.is_dir():
-                shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                shutil.copy(source, copy / name)
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, copy / name, ignore=ignored)
         if not _passes(copy, mutant.test):
             raise UserError(f"{mutant.test} fails without a mutation, a green test expected")
         file = copy / mutant.file
@@ -63,14 +61,8 @@ def _passes(folder: Path, test: str) -> bool:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", test]
     # The copy's own packages must win over installed ones.
     path = os.pathsep.join((str(folder), str(folder / "kernels")))
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    env = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=900)
     if done.returncode not in (0, 1):
         raise UserError(f"{test} did not run: {done.stdout.strip().splitlines()[-1:]}")
     return done.returncode == 0

@@ -9,7 +9,7 @@ import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from fastgan.launch import checks
 from fastgan.launch.run_dir import write_config
 from fastgan.models import Precond
 from fastgan.training.fast import WARMUP
+from fastgan.training.loop import Step
 
 # The share of a GPU that a trial may take at its peak; the rest is for all-reduces, evaluation and
 # fragmentation.
@@ -32,17 +33,11 @@ SHARE = 0.9
 _TIMES = WARMUP + 3
 _GIB = 1 << 30
 
-Config = TypeVar("Config", bound=RunConfig)
-
-
-class Runs(Protocol):
-    """What is asked of a step here."""
-
-    def run(self, reals: Tensor, labels: Tensor | None, iteration: int) -> object: ...
+Images = tuple[Tensor, Tensor | None]
 
 
 def settle_batch_gpu(
-    config: Config, world: World, network: Precond, build: Callable[[Config, World], Runs]
+    config: RunConfig, world: World, network: Precond, build: Callable[[Any, World], Step]
 ) -> None:
     """Makes batch_gpu=auto a number, in `config` and in the run's config.yaml, and says so.
 
@@ -55,7 +50,23 @@ def settle_batch_gpu(
     if memory is None:
         config.batch_gpu, found = local, "on a CPU all at once, nothing is tried"
     else:
-        config.batch_gpu, peak = _largest(config, local, world, memory, network, build)
+        # Alone: a process that runs out of memory must not leave the others in an exchange.
+        alone = World(rank=0, local_rank=world.local_rank, size=1, device=world.device)
+        images = _noise(network, local, world.device)
+        interval = config.loss.r1_interval if isinstance(config, TrainConfig) else 0
+
+        def trial(size: int) -> int:
+            step = build(replace(config, batch=local, batch_gpu=size), alone)
+            return _peak(step, images, interval, memory)
+
+        largest = _largest(trial, checks.divisors(local), memory)
+        if largest is None:
+            right = ", ".join([*_last_resort(config), "precision=bf16 or a GPU with more memory"])
+            raise UserError(
+                f"batch_gpu=auto: not even one image per pass fits, on {world.device} with "
+                f"{memory.total / _GIB:.1f} GiB, {right} would be right"
+            )
+        config.batch_gpu, peak = largest
         found = f"{peak / _GIB:.1f} of {memory.total / _GIB:.1f} GiB at the peak of a trial"
     if distributed.is_main():
         print(f"batch_gpu=auto: {_describe(config, local)}; {found}", flush=True)
@@ -96,7 +107,7 @@ def naming_batch_gpu(config: RunConfig, world: World) -> AbstractContextManager[
 
 @contextmanager
 def naming_what_fits(
-    key: str, value: int, choices: Iterable[int], last_resort: str = ""
+    key: str, value: int, choices: Iterable[int], last_resort: Iterable[str] = ()
 ) -> Iterator[None]:
     """Within, running out of memory is a UserError naming the largest choice below `value`.
 
@@ -108,64 +119,35 @@ def naming_what_fits(
         if not out_of_memory(error):
             raise
         smaller = max((choice for choice in choices if choice < value), default=None)
-        right = "precision=bf16 or a GPU with more memory"
-        if smaller is not None:
-            right = f"{key}={smaller}, the next smaller one,"
-            right += f" or {last_resort}" if last_resort else ""
-        elif last_resort:
-            right = f"{last_resort}, {right}"
+        if smaller is None:
+            right = ", ".join([*last_resort, "precision=bf16 or a GPU with more memory"])
+        else:
+            right = " or ".join([f"{key}={smaller}, the next smaller one,", *last_resort])
         raise UserError(f"out of memory, with {key}={value}, {right} would be right") from error
 
 
 def _largest(
-    config: Config,
-    local: int,
-    world: World,
-    memory: GpuMemory,
-    network: Precond,
-    build: Callable[[Config, World], Runs],
-) -> tuple[int, int]:
-    """batch_gpu and the peak of its trial in bytes."""
-    # Alone: a process that runs out of memory must not leave the others in an exchange.
-    alone = World(rank=0, local_rank=world.local_rank, size=1, device=world.device)
-    images = _noise(network, local, world.device)
-    interval = config.loss.r1_interval if isinstance(config, TrainConfig) else 0
-
-    def trial(size: int) -> int:
-        step = build(replace(config, batch=local, batch_gpu=size), alone)
-        return _peak(step, images, interval, memory)
-
-    for size in reversed(checks.divisors(local)):
-        peak = _attempt(trial, size)
+    trial: Callable[[int], int], sizes: list[int], memory: GpuMemory
+) -> tuple[int, int] | None:
+    """The largest size that fits on all processes, and its trial's peak in bytes here."""
+    for size in reversed(sizes):
+        try:
+            peak = trial(size)
+            fits = peak <= SHARE * memory.total
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            fits = False
         # Steps and their compiled functions know each other.
         torch.compiler.reset()
         gc.collect()
         memory.forget()
-        fits = peak is not None and peak <= SHARE * memory.total
         if distributed.all_reduce_sum(torch.tensor(float(not fits))) == 0:
-            assert peak is not None
             return size, peak
-    last_resort = _last_resort(config)
-    raise UserError(
-        f"batch_gpu=auto: not even one image per pass fits, on {world.device} with "
-        f"{memory.total / _GIB:.1f} GiB, {last_resort}{', ' if last_resort else ''}precision=bf16 "
-        "or a GPU with more memory would be right"
-    )
+    return None
 
 
-def _attempt(trial: Callable[[int], int], size: int) -> int | None:
-    """The trial's peak; None where memory did not suffice."""
-    try:
-        return trial(size)
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        return None
-
-
-def _peak(
-    step: Runs, images: tuple[Tensor, Tensor | None], interval: int, memory: GpuMemory
-) -> int:
+def _peak(step: Step, images: Images, interval: int, memory: GpuMemory) -> int:
     """Of settled iterations: choosing cuDNN's algorithms takes more, once, if it is there."""
     # At least every second iteration is without R1, unless all are with it.
     plain = [k for k in range(1, 2 * _TIMES) if not interval or k % interval][:_TIMES]
@@ -178,13 +160,12 @@ def _peak(
     return memory.peak()
 
 
-def _noise(network: Precond, n: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def _noise(network: Precond, n: int, device: torch.device) -> Images:
     """Images and labels of the network's shape; the numbers do not matter."""
     size = network.model.img_resolution
     shape = (n, network.model.img_channels, size, size)
     images = normal(stream(0, "probe", device=device), *shape, dtype=torch.float32)
-    labels = images.new_zeros(n, network.label_dim)
-    return images, labels if network.label_dim else None
+    return images, images.new_zeros(n, network.label_dim) if network.label_dim else None
 
 
 def _describe(config: RunConfig, local: int) -> str:
@@ -192,13 +173,12 @@ def _describe(config: RunConfig, local: int) -> str:
     if isinstance(config, TrainConfig):
         published = config.loss.published_batch_gpu
         text += f"; also the batch of the heads' BatchNorm (published: {published})"
-        last_resort = _last_resort(config)
-        if last_resort and config.batch_gpu < min(published, local):
-            text += f", {last_resort} would allow a larger one"
+        if config.batch_gpu < min(published, local):
+            text += "".join(f", {key} would allow a larger one" for key in _last_resort(config))
     return text
 
 
-def _last_resort(config: RunConfig) -> str:
+def _last_resort(config: RunConfig) -> list[str]:
     """What saves memory in a fine-tune at any batch, unless it is set: recomputed activations."""
     saves = isinstance(config, TrainConfig) and not config.generator.checkpoint
-    return "generator.checkpoint=true" if saves else ""
+    return ["generator.checkpoint=true"] if saves else []

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,6 @@ from fastgan.models import Precond, network_from_config
 from fastgan.models.freeze import freeze
 from fastgan.models.sampling import few_step, heun, to_uint8
 from fastgan.models.unet_block import recompute_blocks
-
-Draw = Callable[[int], tuple[Tensor, Tensor | None]]
-SampleFn = Callable[[list[int]], Tensor]
 
 
 def dataset(config: cfg.DataConfig) -> ImageDataset:
@@ -144,7 +142,7 @@ def prepare_generator(config: cfg.TrainConfig, network: Precond) -> None:
 
 
 class Batches:
-    """iteration -> this process's real images in [-1, 1] and labels (None if label_dim is 0).
+    """iteration -> this process's real images in [-1, 1] and labels [n, label_dim] (None if 0).
 
     Entering it decodes what shall be resident; leaving it ends the threads. What an iteration gets
     does not depend on where the images lie.
@@ -156,7 +154,11 @@ class Batches:
 
     def __call__(self, iteration: int) -> tuple[Tensor, Tensor | None]:
         pixels, labels = self._source(iteration)
-        return pixels.float() / 127.5 - 1, _labels(labels, self._label_dim)
+        if labels is not None:
+            # Classes [n], or the dataset's own vectors.
+            one_hot = F.one_hot(labels, self._label_dim) if labels.ndim == 1 else labels
+            labels = one_hot.float()
+        return pixels.float() / 127.5 - 1, labels
 
     def __enter__(self) -> "Batches":
         self._source.load()
@@ -195,31 +197,25 @@ def sample_fn(
     device: torch.device,
     *,
     one_class: int | None = None,
-) -> SampleFn:
+) -> Callable[[list[int]], Tensor]:
     """seeds -> uint8 images [n, C, H, W] as the papers evaluate: float32 UNet, float64 state."""
     assert sampler.kind in checks.SAMPLERS, sampler.kind
-    channels, size = network_shape(network)
+    size = network.model.img_resolution
+    shape = (network.model.img_channels, size, size)
 
     @torch.no_grad()
     def sample(seeds: list[int]) -> Tensor:
-        z, classes = seeded_latents(seeds, (channels, size, size), network.label_dim)
-        labels = None
+        z, classes = seeded_latents(seeds, shape, network.label_dim)
+        z, labels = z.to(device), None
         if classes is not None:
-            if one_class is not None:
-                classes = torch.full_like(classes, one_class)
-            labels = F.one_hot(classes, network.label_dim).float().to(device)
-        z = z.to(device)
+            drawn = classes if one_class is None else torch.full_like(classes, one_class)
+            labels = F.one_hot(drawn, network.label_dim).float().to(device)
         if sampler.kind == "heun":
             return to_uint8(heun(network, z, labels, steps=sampler.steps))
         images = few_step(network, z, labels, steps=sampler.steps, mid_sigma=sampler.mid_sigma)
         return to_uint8(images)
 
     return sample
-
-
-def network_shape(network: Precond) -> tuple[int, int]:
-    """(channels, resolution) of the images."""
-    return network.model.img_channels, network.model.img_resolution
 
 
 def find_network(path: str) -> Path:
@@ -252,23 +248,22 @@ def saved_network(path: str, device: torch.device) -> tuple[Precond, Path]:
 
 
 def extractor_and_reference(
-    extractor: str,
-    weights: str | None,
+    config: cfg.EvalConfig | cfg.EvaluateConfig,
     reference: str | ImageDataset,
     device: torch.device,
-    batch: int,
     *,
     progress: bool = False,
 ) -> tuple[FeatureExtractor, Statistics]:
     """The feature network and the statistics of what generated images are compared with."""
+    assert config.extractor is not None
+    load = partial(load_extractor, config.extractor, device=device, weights=config.weights)
     if isinstance(reference, str) and reference.endswith(".npz"):
-        path = checks.existing(reference, "reference")
-        features = load_extractor(extractor, device=device, weights=weights)
-        return features, load_reference(path, features, batch)
+        path, features = checks.existing(reference, "reference"), load()
+        return features, load_reference(path, features, config.batch)
     data = open_dataset(reference) if isinstance(reference, str) else reference
-    images = data.images(np.arange(len(data))) if extractor.startswith("pca") else None
-    features = load_extractor(extractor, device=device, weights=weights, data=images)
-    return features, dataset_statistics(data, features, batch, progress=progress)
+    images = data.images(np.arange(len(data))) if config.extractor.startswith("pca") else None
+    features = load(data=images)
+    return features, dataset_statistics(data, features, config.batch, progress=progress)
 
 
 def _image_shape(data: ImageDataset) -> dict[str, Any]:
@@ -291,10 +286,3 @@ def _fitting_network(
             f"no network can be built from {where} ({type(error).__name__}: {error}), "
             "arguments that fit each other would be right"
         ) from error
-
-
-def _labels(labels: Tensor | None, label_dim: int) -> Tensor | None:
-    """Labels [n, label_dim] in float32: one-hot classes, or the dataset's own vectors."""
-    if labels is None:
-        return None
-    return F.one_hot(labels, label_dim).float() if labels.ndim == 1 else labels.float()

@@ -14,11 +14,12 @@ from typing import Any
 from fastgan.common.errors import UserError
 from fastgan.config import (
     Adam,
-    DataConfig,
     DiscriminatorKind,
     Engine,
+    EvaluateConfig,
+    PretrainConfig,
     RunConfig,
-    SamplerConfig,
+    SampleConfig,
     TrainConfig,
 )
 
@@ -39,16 +40,6 @@ _LARGEST_OF = {
     "generator.steps": 1000,
     "discriminator.width": 4096,
 }
-_POSITIVE = (
-    "optim.lr_g",
-    "optim.lr_d",
-    "timeout",
-    "generator.steps",
-    "generator.mid_sigma",
-    "loss.published_batch_gpu",
-    "discriminator.sigma",
-    "discriminator.width",
-)
 
 
 def images(value: Any, key: str, *, least: int = 0) -> int:
@@ -147,14 +138,11 @@ def require_finite(config: Any, prefix: str = "") -> None:
             raise UserError(f"{key}={value} is out of range, at most {largest} would be right")
 
 
-def check_sampler(config: Any, key: str) -> None:
-    """UserError where `key` of the configuration (sampler, eval.sampler) is no sampler."""
-    sampler: SamplerConfig = attrgetter(key)(config)
-    if sampler.kind not in SAMPLERS:
-        raise UserError(f"{key}.kind={sampler.kind}, one of {', '.join(SAMPLERS)} would be right")
-    require_positive(config, f"{key}.steps", f"{key}.mid_sigma")
-    if sampler.kind == "few_step" and sampler.mid_sigma is not None and sampler.steps != 2:
-        raise UserError(f"{key}.mid_sigma is the middle of two steps, {key}.steps=2 needs it")
+def check_sampling(config: SampleConfig | EvaluateConfig) -> None:
+    """UserError for what no type refuses in a command that samples, before anything is built."""
+    require_finite(config)
+    require_positive(config, "batch")
+    _check_sampler(config, "sampler")
 
 
 def check_run(config: RunConfig) -> None:
@@ -162,20 +150,23 @@ def check_run(config: RunConfig) -> None:
     if not 0 <= config.seed < 2**63:
         raise UserError(f"seed={config.seed} is out of range, 0 to 2^63 - 1 would be right")
     require_finite(config)
-    _check_data(config.data)
-    require_positive(config, "keep", "eval.images", "eval.batch")
-    check_sampler(config, "eval.sampler")
+    # `1 == True` holds, so it is asked for the type.
+    resident, workers = config.data.resident, config.data.workers
+    if not isinstance(resident, bool) and resident != "auto":
+        raise UserError(f"data.resident={resident!r}, auto, true or false would be right")
+    if workers < 0:
+        raise UserError(f"data.workers={workers} is out of range, 0 or more would be right")
+    require_positive(config, "keep", "timeout", "eval.images", "eval.batch")
+    _check_sampler(config, "eval.sampler")
 
 
 def check_train(config: TrainConfig) -> None:
     """UserError for what no type refuses, before anything is built."""
-    require_positive(config, *_POSITIVE)
+    require_positive(config, "optim.lr_g", "optim.lr_d", "loss.published_batch_gpu")
+    require_positive(config, "discriminator.sigma", "discriminator.width")
+    _check_steps(config, "generator")
     if config.freeze.level not in range(4):
         raise UserError(f"freeze.level={config.freeze.level} is no level, 0, 1, 2 or 3 would be")
-    if config.generator.mid_sigma is not None and config.generator.steps != 2:
-        raise UserError(
-            "generator.mid_sigma is the middle of two steps, generator.steps=2 needs it"
-        )
     if config.init.path is None and not isinstance(config.init.network, dict):
         raise UserError(
             "init.path is null and init.network no architecture, a network file as init.path or "
@@ -196,9 +187,23 @@ def check_train(config: TrainConfig) -> None:
     check_run(config)
 
 
-def _check_data(data: DataConfig) -> None:
-    # `1 == True` holds, so it is asked for the type.
-    if not isinstance(data.resident, bool) and data.resident != "auto":
-        raise UserError(f"data.resident={data.resident!r}, auto, true or false would be right")
-    if data.workers < 0:
-        raise UserError(f"data.workers={data.workers} is out of range, 0 or more would be right")
+def check_pretrain(config: PretrainConfig) -> None:
+    """UserError for what no type refuses, before anything is built."""
+    check_run(config)
+    images(config.optim.warmup, "optim.warmup")
+
+
+def _check_sampler(config: Any, key: str) -> None:
+    """UserError where `key` of the configuration (sampler, eval.sampler) is no sampler."""
+    kind = attrgetter(f"{key}.kind")(config)
+    if kind not in SAMPLERS:
+        raise UserError(f"{key}.kind={kind}, one of {', '.join(SAMPLERS)} would be right")
+    _check_steps(config, key, few=kind == "few_step")
+
+
+def _check_steps(config: Any, key: str, *, few: bool = True) -> None:
+    """UserError where the group `key` does not say how many steps; `few`: of a generator."""
+    require_positive(config, f"{key}.steps", f"{key}.mid_sigma")
+    steps, mid_sigma = attrgetter(f"{key}.steps", f"{key}.mid_sigma")(config)
+    if few and mid_sigma is not None and steps != 2:
+        raise UserError(f"{key}.mid_sigma is the middle of two steps, {key}.steps=2 needs it")

@@ -1,4 +1,4 @@
-"""Which step trains: the configuration's engine, precision and arithmetic made effective."""
+"""What this process computes with: arithmetic, kernels, compile caches, and which step trains."""
 
 import os
 import shutil
@@ -16,49 +16,73 @@ from fastgan.discriminator.base import Discriminator
 from fastgan.launch import checks
 from fastgan.models import Precond
 from fastgan.training.compiled import CompiledStep
+from fastgan.training.edm_step import EdmSettings, EdmStep, warmup_then_cosine
 from fastgan.training.fast import FastStep
 from fastgan.training.step import PlainStep, StepSettings
 from fastgan.training.updater import averaged_copy
 
+# auto of engine=compiled: Inductor fuses the definitions itself; attention it leaves to a library.
+FOR_COMPILER = "reference,attention=library"
+# Variables that name cache folders, and what ours are called.
+FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 _DTYPES = {cfg.Arithmetic.bf16: torch.bfloat16, cfg.Arithmetic.fp16: torch.float16}
 
 
-def prepare_process(config: cfg.TrainConfig, device: torch.device) -> None:
+def prepare_process(
+    config: cfg.RunConfig | cfg.SampleConfig | cfg.EvaluateConfig, device: torch.device
+) -> None:
     """Arithmetic, kernels, compile caches of this process; UserError where they cannot be had."""
-    (tensor_float32 if arithmetic(config, device).tf32 else strict_float32)()
-    tuned_convolutions()
-    compiled = config.engine is cfg.Engine.compiled
-    select_kernels(config.kernels.value, device, compiled=compiled)
-    if config.engine is not cfg.Engine.plain:
-        prepare_compiler(config.compile.cache, device)
+    tf32, engine = False, cfg.Engine.plain
+    if isinstance(config, cfg.TrainConfig):
+        tf32, engine = arithmetic(config, device).tf32, config.engine
+        if engine is not cfg.Engine.plain:
+            prepare_compiler(config.compile.cache, device)
+    (tensor_float32 if tf32 else strict_float32)()
+    if isinstance(config, cfg.RunConfig):
+        tuned_convolutions()
+    select_kernels(config.kernels.value, device, compiled=engine is cfg.Engine.compiled)
 
 
-def make_step(
-    config: cfg.TrainConfig,
-    settings: StepSettings,
-    network: Precond,
-    discriminator: Discriminator,
-    world: World,
-) -> PlainStep:
-    """The step of `engine` on this process's device; call it once what trains is thawed.
+def select_kernels(setting: str, device: torch.device, *, compiled: bool = False) -> None:
+    """Sets the implementation of every op for this process; FASTGAN_KERNELS overrides it.
 
-    Moves both networks there and sets the precision that they compute in.
+    `compiled`: auto then means what torch.compile makes most of, the plain definitions. UserError
+    where either names no implementation, or one that cannot run on `device`.
     """
-    network.train().to(world.device)
-    discriminator.train().to(world.device)
-    # Before the network is told what to compute in: evaluation is in float32, as published.
-    average = averaged_copy(network)
-    parts = arithmetic(config, world.device)
-    network.compute_dtype = parts.generator
-    discriminator.compute_in(parts.backbones, parts.heads)
-    objects = (network, average, discriminator, settings, world)
-    if config.engine is cfg.Engine.compiled:
-        return CompiledStep(*objects, mode=config.compile.mode.value)
-    if config.engine is cfg.Engine.fast:
-        fast = config.fast
-        mode = config.compile.mode.value
-        return FastStep(*objects, mode=mode, graphs=fast.graphs, fold=fast.fold)
-    return PlainStep(*objects)
+    try:
+        dispatch.use(FOR_COMPILER if compiled and setting == "auto" else setting)
+        for op in dispatch.IMPLEMENTATIONS:
+            dispatch.choose(op, device.type, torch.float32)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def prepare_compiler(cache: str | None, device: torch.device) -> Path:
+    """Sets the cache folders of this process (variables that are set already win); their parent.
+
+    `cache` None is $XDG_CACHE_HOME/fastgan. Graphs are found there by their contents and by the
+    versions of what compiled them: a run on another GPU or torch compiles its own. UserError where
+    the folder cannot be written, or where the CPU has no C++ compiler.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = Path(cache) if cache else Path(base) / "fastgan"
+    for variable, name in FOLDERS.items():
+        folder = Path(os.environ.setdefault(variable, str(root / name)))
+        try:
+            # What lies there is loaded and run: nobody else may write it.
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"the compile cache cannot be written ({error.strerror}), {folder}, "
+                "compile.cache=FOLDER would name another"
+            ) from error
+    compilers = (os.environ.get("CXX", "g++"), "c++", "g++", "clang++")
+    if device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise UserError(
+            "no C++ compiler, on PATH, engine=compiled or fast on the CPU needs g++ or clang++, "
+            "engine=plain does not"
+        )
+    return root
 
 
 @dataclass(frozen=True)
@@ -102,6 +126,29 @@ def arithmetic(config: cfg.TrainConfig, device: torch.device) -> Parts:
     return Parts(tf32=tf32, **{name: _DTYPES.get(value) for name, value in chosen.items()})
 
 
+def make_step(
+    config: cfg.TrainConfig, world: World, network: Precond, discriminator: Discriminator
+) -> PlainStep:
+    """The step of `engine` on this process's device; call it once what trains is thawed.
+
+    Moves both networks there and sets the precision that they compute in.
+    """
+    network.train().to(world.device)
+    discriminator.train().to(world.device)
+    # Before the network is told what to compute in: evaluation is in float32, as published.
+    average = averaged_copy(network)
+    parts = arithmetic(config, world.device)
+    network.compute_dtype = parts.generator
+    discriminator.compute_in(parts.backbones, parts.heads)
+    objects = (network, average, discriminator, step_settings(config, world), world)
+    mode, fast = config.compile.mode.value, config.fast
+    if config.engine is cfg.Engine.compiled:
+        return CompiledStep(*objects, mode=mode)
+    if config.engine is cfg.Engine.fast:
+        return FastStep(*objects, mode=mode, graphs=fast.graphs, fold=fast.fold)
+    return PlainStep(*objects)
+
+
 def step_settings(config: cfg.TrainConfig, world: World) -> StepSettings:
     """The step's settings out of the configuration's groups."""
     return StepSettings(
@@ -128,55 +175,24 @@ def step_settings(config: cfg.TrainConfig, world: World) -> StepSettings:
     )
 
 
-# Inductor fuses the definitions itself; attention it leaves to a library.
-FOR_COMPILER = "reference,attention=library"
-
-
-def select_kernels(setting: str, device: torch.device, *, compiled: bool = False) -> None:
-    """Sets the implementation of every op for this process; FASTGAN_KERNELS overrides it.
-
-    `compiled`: auto then means what torch.compile makes most of, the plain definitions. UserError
-    where either names no implementation, or one that cannot run on `device`.
-    """
-    if compiled and setting == "auto":
-        setting = FOR_COMPILER
-    try:
-        dispatch.use(setting)
-        for op in dispatch.IMPLEMENTATIONS:
-            dispatch.choose(op, device.type, torch.float32)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
-
-
-def prepare_compiler(cache: str | None, device: torch.device) -> Path:
-    """Sets the cache folders of this process (variables that are set already win); their parent.
-
-    `cache` None is $XDG_CACHE_HOME/fastgan. Graphs are found there by their contents and by the
-    versions of what compiled them: a run on another GPU or torch compiles its own. UserError where
-    the folder cannot be written, or where the CPU has no C++ compiler.
-    """
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    root = Path(cache) if cache else Path(base) / "fastgan"
-    for variable, name in FOLDERS.items():
-        folder = Path(os.environ.setdefault(variable, str(root / name)))
-        try:
-            # What lies there is loaded and run: nobody else may write it.
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"the compile cache cannot be written ({error.strerror}), {folder}, "
-                "compile.cache=FOLDER would name another"
-            ) from error
-    if device.type == "cpu" and not any(map(shutil.which, _compilers())):
-        raise UserError(
-            "no C++ compiler, on PATH, engine=compiled or fast on the CPU needs g++ or clang++, "
-            "engine=plain does not"
-        )
-    return root
-
-
-def _compilers() -> tuple[str, ...]:
-    return (os.environ.get("CXX", "g++"), "c++", "g++", "clang++")
+def make_edm_step(config: cfg.PretrainConfig, world: World, network: Precond) -> EdmStep:
+    """Pre-training's step on this process's device, to which it moves the network."""
+    network.to(world.device)
+    average = averaged_copy(network)
+    if config.precision is cfg.Precision.bf16:
+        network.compute_dtype = torch.bfloat16
+    total = checks.images(config.total_images, "total_images")
+    warmup = checks.images(config.optim.warmup, "optim.warmup")
+    settings = EdmSettings(
+        seed=config.seed,
+        batch=config.batch,
+        batch_gpu=checks.local_batches(config, world.size),
+        lr=config.optim.lr,
+        beta2=config.optim.beta2,
+        lr_factor=warmup_then_cosine(warmup, total, cosine=config.optim.cosine),
+        noise_mean=config.noise.mean,
+        noise_std=config.noise.std,
+        ema_half_life=checks.images(config.ema.half_life, "ema.half_life"),
+        ema_ramp=config.ema.ramp,
+    )
+    return EdmStep(network, average, settings, world)

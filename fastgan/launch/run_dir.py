@@ -33,34 +33,30 @@ def open_run_dir(config: RunConfig) -> Path:
     the heads' BatchNorm. UserError where the folder holds a run with other settings, or cannot be
     written.
     """
-    problem = ""
-    if distributed.is_main():
-        try:
-            _prepare(config)
-        except UserError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = (
-                f"run_dir={config.run_dir}: {error.strerror}, a writable folder would be right"
-            )
+    problem = _prepare(config) if distributed.is_main() else None
     problem, config.batch_gpu = distributed.broadcast_object((problem, config.batch_gpu))
     if problem:
         raise UserError(problem)
     return Path(config.run_dir)
 
 
-def _prepare(config: RunConfig) -> None:
+def _prepare(config: RunConfig) -> str | None:
+    """Makes or takes up the folder; what is wrong with it, for all processes to say."""
     folder = Path(config.run_dir)
-    if (folder / CONFIG).exists():
-        _check_same(folder, config)
-    elif folder.exists() and any(path.suffix != PART for path in folder.iterdir()):
-        raise UserError(
-            f"run_dir={folder} holds other files, an empty or new folder would be right"
-        )
-    # First of all: a folder with anything else in it and no config.yaml is somebody else's.
-    write_config(config)
-    (folder / "samples").mkdir(exist_ok=True)
-    (folder / "checkpoints").mkdir(exist_ok=True)
+    try:
+        if (folder / CONFIG).exists():
+            _check_same(folder, config)
+        elif folder.exists() and any(path.suffix != PART for path in folder.iterdir()):
+            return f"run_dir={folder} holds other files, an empty or new folder would be right"
+        # First of all: a folder with anything else in it and no config.yaml is somebody else's.
+        write_config(config)
+        (folder / "samples").mkdir(exist_ok=True)
+        (folder / "checkpoints").mkdir(exist_ok=True)
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return f"run_dir={folder}: {error.strerror}, a writable folder would be right"
+    return None
 
 
 def write_config(config: RunConfig) -> None:

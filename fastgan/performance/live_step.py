@@ -16,7 +16,7 @@ from fastgan.common.errors import UserError
 from fastgan.data import ImageDataset
 from fastgan.launch import build
 from fastgan.launch.cli import compose
-from fastgan.launch.engine import make_step, prepare_process, step_settings
+from fastgan.launch.engine import make_step, prepare_process
 from fastgan.models.build import PUBLISHED_NETWORKS
 from fastgan.performance.iteration import architecture_of
 from fastgan.training.state import StepResult
@@ -101,7 +101,7 @@ def live_step(config: cfg.TrainConfig, device: torch.device) -> LiveStep:
     network = build.generator(config, data).network
     discriminator = build.discriminator(config, network, data)
     build.prepare_generator(config, network)
-    step = make_step(config, step_settings(config, world), network, discriminator, world)
+    step = make_step(config, world, network, discriminator)
     return LiveStep(config, step, build.batches(data, config, network.label_dim, world))
 
 

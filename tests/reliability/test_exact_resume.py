@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -13,15 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import spectral_norm
+from torch import Tensor
 
 from fastgan.checkpoint import store
 from fastgan.common import distributed
 from fastgan.common.distributed import World
-from fastgan.common.noise import seeded
-from fastgan.discriminator.augment import diff_augment
-from fastgan.discriminator.base import Discriminator
 from fastgan.training.compiled import CompiledStep
 from fastgan.training.edm_step import EdmStep
 from fastgan.training.fast import FastStep
@@ -31,8 +27,10 @@ from fastgan.training.step import PlainStep
 from fastgan.training.updater import Updater, averaged_copy
 from tests.conftest import TINY
 from tests.processes import ROOT, two_processes
-from tests.reliability.soak import differences
+from tests.reliability.projected_heads import ProjectedHeads
+from tests.reliability.same import differences
 from tests.training.toys import (
+    ALONE,
     diffusion_heads,
     edm_step,
     gan_step,
@@ -47,33 +45,6 @@ KILLED = 17  # the iteration that is killed in the middle: after the 15th's chec
 TOTAL, SAVE = 40 * BATCH, 5 * BATCH
 FIFTEEN, FORTY = f"{15 * BATCH:010d}", f"{TOTAL:010d}"
 _WORKER = "from tests.reliability.test_exact_resume import worker; worker()"
-
-
-class ProjectedHeads(Discriminator):
-    """What a projected discriminator changes and keeps besides parameters, in small.
-
-    Buffers of spectral norm and BatchNorm, and frozen random mixing.
-    """
-
-    loaded_elsewhere = ()
-    provenance: list[dict[str, str]] = []  # noqa: RUF012
-
-    def __init__(self) -> None:
-        super().__init__()
-        with seeded(7):
-            self.mixing = nn.Conv2d(1, 4, 3).requires_grad_(False)
-            head = [spectral_norm(nn.Conv2d(4, 6, 3)), nn.BatchNorm2d(6), nn.LeakyReLU(0.2)]
-            self.heads = nn.ModuleList([nn.Sequential(*head, spectral_norm(nn.Conv2d(6, 1, 2)))])
-        self.double()
-
-    def views(self, images: Tensor, generator: torch.Generator | None) -> list[Tensor]:
-        return [images if generator is None else diff_augment(images, ("color",), generator)]
-
-    def features(self, index: int, view: Tensor, labels: Tensor | None) -> list[Tensor]:
-        return [self.mixing(view)]
-
-    def judge(self, index: int, features: list[Tensor], labels: Tensor | None) -> Tensor:
-        return self.heads[index](features[0]).flatten(1)
 
 
 def engine(kind: type[CompiledStep], world: World) -> CompiledStep:
@@ -165,44 +136,42 @@ def worker() -> None:
     distributed.shutdown()
 
 
-def launch(processes: int, name: str, run_dir: Path, kill: str, cache: Path) -> None:
+def launch(processes: int, name: str, run_dir: Path, kill: str) -> None:
+    """One process that is not killed is this one."""
     expected = 0 if kill == "never" else -signal.SIGKILL
-    environment = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
     arguments = [name, str(run_dir), kill]
     if processes == 2:
-        two_processes(_WORKER, *arguments, timeout=800, expected=expected, **environment)
-        return
-    ended = subprocess.run(
-        [sys.executable, "-c", _WORKER, *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=800,
-    )
-    assert ended.returncode == expected, ended.stderr
+        two_processes(_WORKER, *arguments, timeout=800, expected=expected)
+    elif kill == "never":
+        train(name, run_dir, ALONE)
+    else:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", _WORKER, *arguments]
+        ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert ended.returncode == expected, ended.stderr
 
 
 def cases() -> list:
     """Every step with one and two processes; what takes longer than a few seconds is slow."""
-    fast = [("plain", 1, "in an iteration"), ("plain", 2, "in an iteration")]
-    fast += [("plain", 1, "while saving")]
+    fast = ("plain, projected heads", 1, "in an iteration")
     every = [(name, n, kill) for name in STEPS for n in (1, 2) for kill in KILLS]
-    return [*fast, *(pytest.param(*c, marks=pytest.mark.slow) for c in every if c not in fast)]
+    return [fast, *(pytest.param(*c, marks=pytest.mark.slow) for c in every if c != fast)]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, int], Path]]:
     """The run directory of 40 iterations at once."""
     folder = tmp_path_factory.mktemp("undisturbed")
 
     def trained(name: str, processes: int) -> Path:
         run_dir = folder / f"{name} {processes}"
         if not run_dir.exists():
-            launch(processes, name, run_dir, "never", folder / "cache")
+            launch(processes, name, run_dir, "never")
         return run_dir
 
-    return trained
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "cache"))
+        yield trained
 
 
 @pytest.mark.timeout(900)
@@ -210,11 +179,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int]
 def test_killed_and_resumed_ends_with_the_same_bits(
     name: str, processes: int, kill: str, undisturbed: Callable[[str, int], Path], tmp_path: Path
 ) -> None:
-    whole = undisturbed(name, processes)
-    run_dir, cache = tmp_path / "run", whole.parent / "cache"
-    launch(processes, name, run_dir, kill, cache)
+    whole, run_dir = undisturbed(name, processes), tmp_path / "run"
+    launch(processes, name, run_dir, kill)
     there = 15 if kill == "in an iteration" else 10
     assert (run_dir / "checkpoints/latest").read_text() == f"{there * BATCH:010d}\n"
-    launch(processes, name, run_dir, "never", cache)
+    launch(processes, name, run_dir, "never")
     assert f"{there * BATCH} images are trained" in (run_dir / "log.txt").read_text()
     assert differences(run_dir / "checkpoints" / FORTY, whole / "checkpoints" / FORTY) == []

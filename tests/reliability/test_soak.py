@@ -1,26 +1,111 @@
-"""The soak: it kills, asks, restarts until the end, and tells equal from different."""
+"""The demo killed at random until it is done, and the same run left alone: the same bits."""
 
-import json
 import os
+import random
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from fastgan.checkpoint.store import Checkpoint, save_checkpoint
-from fastgan.common.errors import UserError
+from fastgan.checkpoint.store import Checkpoint, latest_checkpoint, save_checkpoint
+from fastgan.training.resume import PREEMPTED
 from tests.conftest import TINY, live_network
 from tests.processes import ROOT
-from tests.reliability.soak import differences, soak
+from tests.reliability.same import differences
+
+# How often a start is killed outright, asked to stop (in either way), killed while it starts.
+ENDINGS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, None)
+WEIGHTS = (10, 2, 2, 2)
+
+
+class Started(subprocess.Popen[bytes]):
+    """A command, with what it prints in a file beside its run directory; killed at the end."""
+
+    def __init__(self, command: list[str], run_dir: Path) -> None:
+        self.run_dir, self.log = run_dir, run_dir / "log.txt"
+        self.before = self.log.stat().st_size if self.log.exists() else 0
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [word.replace("RUN_DIR", str(run_dir)) for word in command]
+        with run_dir.with_suffix(".printed").open("ab") as printed:
+            super().__init__(command, stdout=printed, stderr=printed, cwd=ROOT, env=environment)
+
+    def __exit__(self, *reason: Any) -> None:
+        self.kill()
+        super().__exit__(*reason)
+
+    def first_iteration(self) -> float:
+        """Waits until the log tells of one, or the end; seconds it took."""
+        begun = time.monotonic()
+        while self.poll() is None:
+            if self.log.exists() and b"first iteration" in self.log.read_bytes()[self.before :]:
+                break
+            time.sleep(0.05)
+        return time.monotonic() - begun
+
+    def patiently(self, seconds: float) -> int | None:
+        try:
+            return self.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+
+def soak(command: list[str], out: Path, longest: float) -> Counter:
+    """Runs the command in RUN_DIR = OUT/undisturbed and, killed, OUT/killed until both are done.
+
+    Each start is left alone for a random time of at most `longest` seconds after its first
+    iteration, which grow by a tenth each time. Asked to stop by SIGTERM or SIGUSR1, it must exit
+    with 75. How often it was ended in which way.
+    """
+    undisturbed, killed = out / "undisturbed", out / "killed"
+    found, chance = Counter(), random.Random(0)
+    with Started(command, undisturbed) as alone:
+        start_up = alone.first_iteration()
+        status = None
+        while status != 0:
+            with Started(command, killed) as process:
+                (how,) = chance.choices(ENDINGS, WEIGHTS)
+                after, longest = chance.random(), 1.1 * longest
+                if how is not None:
+                    process.first_iteration()
+                status = process.patiently(after * (longest if how else start_up))
+                if status is None:
+                    process.send_signal(how or signal.SIGKILL)
+                    status = process.wait(120)
+                    found["starting" if how is None else how.name] += status != 0
+                    expected = PREEMPTED if how in ENDINGS[1:3] else -signal.SIGKILL
+                    assert status in (0, expected), (how, killed.with_suffix(".printed"))
+                assert status in (0, PREEMPTED, -signal.SIGKILL), killed.with_suffix(".printed")
+        assert alone.wait() == 0
+    return found
+
+
+def last(run_dir: Path) -> Path:
+    found = latest_checkpoint(run_dir / "checkpoints")
+    assert found is not None
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_demo_killed_at_random(tmp_path: Path) -> None:
+    small = ["experiment=demo", "batch=8", "total_images=1600", "snapshot=160", "tick=160"]
+    command = [sys.executable, "-m", "fastgan.train", *small, "run_dir=RUN_DIR"]
+    found = soak(command, tmp_path, 3)
+    assert found["SIGKILL"] > 1 and found.total() > 3, found
+    assert differences(last(tmp_path / "undisturbed"), last(tmp_path / "killed")) == []
+
 
 # Trains by copying the checkpoints of a bank, a tenth of a second each.
 FAKE = """
-import os, shutil, signal, sys, time
+import shutil, signal, sys, time
 from pathlib import Path
-bank, run, how = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+bank, how, run = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 asked = []
 for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda *_: asked.append(1))
@@ -28,19 +113,13 @@ for number in (signal.SIGTERM, signal.SIGUSR1):
 latest = run / "checkpoints/latest"
 names = sorted(path.name for path in bank.iterdir() if path.is_dir())
 done = names.index(latest.read_text()) + 1 if latest.exists() else 0
-time.sleep(0.1)
-resumed = done > 0
-if resumed and how == "fails":
-    sys.exit(4)
 with (run / "log.txt").open("a") as log:
     log.write("first iteration\\n")
 for name in names[done:]:
     time.sleep(0.1)
-    aside, target = run / f"checkpoints/.{name}.part", run / "checkpoints" / name
-    shutil.rmtree(aside, ignore_errors=True)
-    wrong = resumed and how == "forgets"
-    shutil.copytree(bank / (names[0] if wrong else name), aside)
-    aside.rename(target)
+    wrong = done > 0 and how == "forgets"
+    shutil.rmtree(run / "checkpoints" / name, ignore_errors=True)
+    shutil.copytree(bank / (names[0] if wrong else name), run / "checkpoints" / name)
     (run / "new").write_text(name)
     (run / "new").replace(latest)
     if asked:
@@ -48,89 +127,38 @@ for name in names[done:]:
 """
 
 
-@pytest.fixture
-def fake(tmp_path: Path) -> Callable[[str], Callable[[Path], list[str]]]:
-    """how -> a trainer: does it well, forgets what it was, fails on resuming, refuses to stop."""
+def checkpoint(folder: Path, training: dict[str, torch.Tensor], nimg: int = 4) -> Path:
     average = live_network(TINY).state_dict()
-    for nimg in range(4, 44, 4):
-        training = {"generator/w": torch.full((3,), float(nimg))}
-        checkpoint = Checkpoint(dict(TINY), average, training, nimg, nimg // 4, {}, {})
-        save_checkpoint(tmp_path / "bank", checkpoint, keep=100)
-    (tmp_path / "fake.py").write_text(FAKE)
-    start = [sys.executable, str(tmp_path / "fake.py"), str(tmp_path / "bank")]
-    return lambda how: lambda run_dir: [*start, str(run_dir), how]
-
-
-def test_goes_on_until_it_is_done(fake, tmp_path: Path) -> None:
-    found = soak(fake("well"), tmp_path / "out", seed=0, longest=0.3)
-    assert found.equal and found.different == []
-    assert found.kills > 1 and found.preemptions > 0 and found.kills_while_starting > 0
-    assert found.starts == found.kills + found.preemptions + 1
-    assert 1 < found.checkpoints_resumed < 10
-
-
-def test_starts_get_longer_where_they_get_nowhere(fake, tmp_path: Path) -> None:
-    found = soak(fake("well"), tmp_path / "out", seed=1, longest=0.01)
-    assert found.equal and found.starts > 5
-
-
-def test_tells_what_is_different(fake, tmp_path: Path) -> None:
-    found = soak(fake("forgets"), tmp_path / "out", seed=0, longest=0.3)
-    assert not found.equal
-    assert found.different == ["nimg", "iteration", "training/generator/w"]
-
-
-@pytest.mark.parametrize(
-    ("how", "told"),
-    [("fails", "ended with 4 instead of 0"), ("refuses", "ended with 1 instead of 75")],
-)
-def test_a_run_that_fails_by_itself(how: str, told: str, fake, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=told):
-        soak(fake(how), tmp_path / "out", seed=0, longest=0.3)
-
-
-def test_starts_from_nothing(fake, tmp_path: Path) -> None:
-    (tmp_path / "out/killed").mkdir(parents=True)
-    with pytest.raises(UserError, match="exists, a soak starts from nothing"):
-        soak(fake("well"), tmp_path / "out", seed=0, longest=0.3)
-
-
-@pytest.mark.parametrize("changed", ["value", "sign of zero", "dtype", "name", "nimg"])
-def test_a_single_bit_is_different(changed: str, tmp_path: Path) -> None:
-    def save(folder: str, training: dict[str, torch.Tensor], nimg: int = 4) -> Path:
-        average = live_network(TINY).state_dict()
-        state = Checkpoint(dict(TINY), average, training, nimg, 1, {}, {})
-        return save_checkpoint(tmp_path / folder, state, keep=1)
-
-    tensor = torch.tensor([0.0, 1.0, torch.nan])
-    one = save("one", {"a": tensor})
-    assert differences(one, save("same", {"a": tensor.clone()})) == []
-    other = {
-        "value": lambda: save("other", {"a": tensor.nextafter(torch.tensor(2.0))}),
-        "sign of zero": lambda: save("other", {"a": tensor * torch.tensor([-1.0, 1.0, 1.0])}),
-        "dtype": lambda: save("other", {"a": tensor.double()}),
-        "name": lambda: save("other", {"b": tensor}),
-        "nimg": lambda: save("other", {"a": tensor}, 8),
-    }[changed]()
-    expected = {"name": ["training/a", "training/b"], "nimg": ["nimg"]}
-    assert differences(one, other) == expected.get(changed, ["training/a"])
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_demo_killed_at_random(tmp_path: Path) -> None:
-    overrides = ["experiment=demo", "batch=8", "total_images=1600", "snapshot=160", "tick=160"]
-    command = [sys.executable, "tools/soak.py", "--out", str(tmp_path / "soak"), "--longest", "3"]
-    ended = subprocess.run(
-        [*command, "--", *overrides],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=850,
+    return save_checkpoint(
+        folder, Checkpoint(dict(TINY), average, training, nimg, 1, {}, {}), keep=100
     )
-    assert ended.returncode == 0, ended.stderr
-    told = json.loads(ended.stdout)
-    assert told == json.loads((tmp_path / "soak/soak.json").read_text())
-    assert told["equal"] and told["kills"] > 0 and told["checkpoints_resumed"] > 1
-    assert str(tmp_path) not in ended.stdout
+
+
+@pytest.mark.parametrize("how", ["well", "forgets", "refuses"])
+def test_it_goes_on_until_it_is_done_and_tells_what_is_wrong(how: str, tmp_path: Path) -> None:
+    for nimg in range(4, 44, 4):
+        checkpoint(tmp_path / "bank", {"generator/w": torch.full((3,), float(nimg))}, nimg)
+    command = [sys.executable, "-c", FAKE, str(tmp_path / "bank"), how, "RUN_DIR"]
+    if how == "refuses":
+        with pytest.raises(AssertionError, match=r"killed\.printed"):
+            soak(command, tmp_path, 0.3)
+        return
+    found = soak(command, tmp_path, 0.3)
+    assert found["SIGKILL"] > 1 and found["SIGTERM"] + found["SIGUSR1"] > 0, found
+    wrong = ["nimg", "training/generator/w"] if how == "forgets" else []
+    assert differences(last(tmp_path / "undisturbed"), last(tmp_path / "killed")) == wrong
+
+
+@pytest.mark.parametrize("changed", ["nothing", "value", "sign of zero", "dtype", "name", "nimg"])
+def test_a_single_bit_is_different(changed: str, tmp_path: Path) -> None:
+    tensor = torch.tensor([0.0, 1.0, torch.nan])
+    other = {
+        "value": tensor.nextafter(torch.tensor(2.0)),
+        "sign of zero": tensor * torch.tensor([-1.0, 1.0, 1.0]),
+        "dtype": tensor.double(),
+    }.get(changed, tensor.clone())
+    one = checkpoint(tmp_path / "one", {"a": tensor})
+    name, nimg = "b" if changed == "name" else "a", 8 if changed == "nimg" else 4
+    expected = {"nothing": [], "name": ["training/a", "training/b"], "nimg": ["nimg"]}
+    found = differences(one, checkpoint(tmp_path / "other", {name: other}, nimg))
+    assert found == expected.get(changed, ["training/a"])

@@ -1,21 +1,31 @@
 """The command tools/dataset.py, as users call it."""
 
 import hashlib
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-TOOL = Path(__file__).parents[2] / "tools" / "dataset.py"
+from fastgan.common.errors import run_command
+from tests.command_line import Ended
+from tools import dataset
+
 RNG = np.random.default_rng(17)
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+@pytest.fixture
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Ended]:
+    def called(*arguments: object) -> Ended:
+        monkeypatch.setattr("sys.argv", ["dataset.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            run_command(dataset.main)
+        return Ended(end.value.code, *capsys.readouterr())
+
+    return called
 
 
 @pytest.fixture
@@ -29,43 +39,40 @@ def pictures(tmp_path: Path) -> Path:
     return root
 
 
-def test_convert_then_info_check_and_grid(pictures: Path, tmp_path: Path) -> None:
+def test_convert_then_info_check_and_grid(run, pictures: Path, tmp_path: Path) -> None:
     target = tmp_path / "out.zip"
     done = run("convert", pictures, target, "--resolution", 8, "--transform", "center-crop")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"6 images in {target}\n"
+    assert (done.code, done.err) == (0, "")
+    assert done.out == f"6 images in {target}\n"
 
-    told = dict(line.split(": ", 1) for line in run("info", target).stdout.splitlines())
+    told = dict(line.split(": ", 1) for line in run("info", target).out.splitlines())
     assert (told["n"], told["resolution"], told["channels"]) == ("6", "8", "3")
     assert (told["label_dim"], told["classes"]) == ("3", "0:2 1:1 2:3")
     assert told["sha256"] == hashlib.sha256(target.read_bytes()).hexdigest()
     assert told["resampling"].startswith("center-crop to 8")
 
     checked = run("check", target)
-    assert (checked.returncode, checked.stdout) == (0, "6 images, 0 problems\n")
+    assert (checked.code, checked.out) == (0, "6 images, 0 problems\n")
 
-    assert run("grid", target, tmp_path / "grid.png").returncode == 0
+    assert run("grid", target, tmp_path / "grid.png").code == 0
     assert Image.open(tmp_path / "grid.png").size == (6 * 8, 8)
-
-
-def test_grid_is_eight_by_sixteen(tmp_path: Path) -> None:
-    assert run("grid", "digits", tmp_path / "grid.png").returncode == 0
+    assert run("grid", "digits", tmp_path / "grid.png").code == 0
     assert Image.open(tmp_path / "grid.png").size == (16 * 16, 8 * 16)
 
 
-def test_info_without_labels(tmp_path: Path) -> None:
+def test_info_without_labels(run, tmp_path: Path) -> None:
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
-    told = run("info", tmp_path).stdout
+    told = run("info", tmp_path).out
     assert "classes: unlabelled" in told and "label_dim: 0" in told and "sha256: " not in told
 
 
-def test_a_refused_conversion_leaves_no_file(pictures: Path, tmp_path: Path) -> None:
+def test_a_refused_conversion_leaves_no_file(run, pictures: Path, tmp_path: Path) -> None:
     done = run("convert", pictures, tmp_path / "out.zip")
-    assert done.returncode == 1 and "image of 12 x 10, entry 'ape/1.png'" in done.stderr
+    assert done.code == 1 and "image of 12 x 10, entry 'ape/1.png'" in done.err
     assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
 
 
-def test_check_lists_every_problem(tmp_path: Path) -> None:
+def test_check_lists_every_problem(run, tmp_path: Path) -> None:
     for index in range(5):
         pixels = RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{index}.png")
@@ -73,8 +80,8 @@ def test_check_lists_every_problem(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "2.png")
     Image.new("L", (8, 8)).save(tmp_path / "4.png")
     done = run("check", tmp_path)
-    lines = done.stdout.splitlines()
-    assert done.returncode == 1 and len(lines) == 4 and lines[3] == "5 images, 3 problems"
+    lines = done.out.splitlines()
+    assert done.code == 1 and len(lines) == 4 and lines[3] == "5 images, 3 problems"
     for line, name, said in zip(
         lines, ("0.png", "2.png", "4.png"), ("unreadable", "4 x 4", "mode L"), strict=False
     ):
@@ -94,8 +101,8 @@ def test_check_lists_every_problem(tmp_path: Path) -> None:
         ([], "the following arguments are required"),
     ],
 )
-def test_errors_are_one_line(arguments: list[str], said: str) -> None:
+def test_errors_are_one_line(run, arguments: list[str], said: str) -> None:
     done = run(*arguments)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and said in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert done.code == 1 and done.out == ""
+    assert done.err.startswith("error: ") and said in done.err
+    assert done.err.count("\n") == 1

@@ -1,7 +1,6 @@
-"""The demo's measure, its table, and one very short run of all its stages."""
+"""The demo's measure, its tables, and one very short run of all its stages."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,20 +8,10 @@ import torch
 from PIL import Image
 
 from fastgan.data.dataset import Digits
-
-TOOLS = str(Path(__file__).parents[2] / "tools")
-
-
-@pytest.fixture
-def demo(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(TOOLS)
-    import demo
-
-    yield demo
-    sys.modules.pop("demo", None)
+from tools import demo
 
 
-def test_a_split_is_at_no_distance_from_itself_and_noise_is_far(demo) -> None:
+def test_a_split_is_at_no_distance_from_itself_and_noise_is_far() -> None:
     measure = demo.Measure("val")
     images = torch.from_numpy(Digits("val").all_images)
     noise = torch.randint(0, 256, images.shape, generator=torch.Generator().manual_seed(0))
@@ -30,52 +19,49 @@ def test_a_split_is_at_no_distance_from_itself_and_noise_is_far(demo) -> None:
         assert abs(distance) < 1e-6, space
     for space, distance in measure(noise.to(torch.uint8)).items():
         assert distance > 50, space
-
-
-def test_distances_are_means_over_sets_in_percent_of_variance(demo) -> None:
-    measure = demo.Measure("val")
-    images = torch.from_numpy(Digits("val").all_images)
     # A shift of one principal coordinate by one unit adds exactly 1 to the squared distance.
-    pca = measure.extractors["pca"]
-    shifted = {"pca": pca(images).double()}
-    shifted["pca"][:, 3] += 1
+    shifted = measure.extractors["pca"](images).double()
+    shifted[:, 3] += 1
     variance = float(measure.reference["pca"][1].trace())
-    assert measure._distance("pca", shifted["pca"]) == pytest.approx(100 / variance, rel=1e-6)
+    assert measure.distance("pca", shifted) == pytest.approx(100 / variance, rel=1e-6)
 
 
-def test_real_images_are_reproducible_training_images(demo) -> None:
+def test_real_images_are_reproducible_training_images() -> None:
     first, second = demo.real_images(), demo.real_images()
     assert torch.equal(first, second) and len(first) == demo.DRAWS * demo.N
     known = {image.tobytes() for image in Digits("train").all_images}
     assert all(image.numpy().tobytes() in known for image in first)
 
 
-def test_excess_ratio_and_table(demo) -> None:
-    rows = {
-        name: {"classifier": c, "pca": p}
-        for name, c, p in (
-            ("real", 1.0, 2.0),
-            ("untuned", 90.0, 80.0),
-            ("heun", 3.0, 6.0),
-            ("d2o_f", 2.0, 8.0),
-        )
-    }
-    assert demo.excess_ratio(rows, "classifier") == pytest.approx(0.5)
-    assert demo.excess_ratio(rows, "pca") == pytest.approx(1.5)
+def test_excess_ratio_and_table() -> None:
+    numbers = {"real": (1, 2), "untuned": (90, 80), "heun": (3, 6), "d2o_f": (2, 8)}
+    rows = {name: {"classifier": c, "pca": p} for name, (c, p) in numbers.items()}
     text = demo.table({"rows": rows, "heun_steps": 18})
-    assert "0.50x" in text and "1.50x" in text and "Heun 18" in text and len(text.splitlines()) == 6
+    assert "Heun 18 steps" in text and len(text.splitlines()) == 7
+    last = [cell.strip() for cell in text.splitlines()[-1].split("|")]
+    assert last[1:4] == ["excess over real, D2O-F : Heun", "0.50x", "1.50x"]
 
 
-def test_all_stages(demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_stages_and_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "N", 40)
     monkeypatch.setattr(demo, "DRAWS", 1)
     monkeypatch.setattr(demo, "HEUN_STEPS", (2, 3))
-    short = ["total_images=64", "snapshot=64", "tick=32"]
-    result = demo.demo(tmp_path, "val", 7, short)
+    monkeypatch.setattr(demo, "SEEDS", (7, 8))
+    short = ["batch=8", "total_images=16", "snapshot=16", "tick=8"]
+    summary = demo.study(tmp_path, ["d2o"], short)
+    result = json.loads((tmp_path / "d2o-7/result.json").read_text())
     assert list(result["rows"]) == ["real", "untuned", "heun", "d2o_f"]
     assert all(set(row) == {"classifier", "pca"} for row in result["rows"].values())
     assert result["rows"]["untuned"]["pca"] > 3 * result["rows"]["real"]["pca"]
     assert result["seeds"] == [7] and result["heun_steps"] in (2, 3) and result["n"] == 40
-    assert json.loads((tmp_path / "result.json").read_text()) == result
-    width, height = Image.open(tmp_path / "grid.png").size
+    width, height = Image.open(tmp_path / "d2o-7/grid.png").size
     assert 4 * 16 * 3 < height < 4 * 16 * 4 and width > demo.COLUMNS * 16 * 3
+
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    values = [run["pca"] for run in summary["runs"]["d2o"]]
+    assert [run["seed"] for run in summary["runs"]["d2o"]] == [7, 8]
+    assert summary["rows"]["d2o"]["pca"]["mean"] == pytest.approx(sum(values) / 2)
+    assert "D2O: all parameters" in demo.table(summary) and "+-" in demo.table(summary)
+    # A run that is done is not repeated.
+    monkeypatch.setattr(demo, "demo", None)
+    assert demo.study(tmp_path, ["d2o"], short) == summary
