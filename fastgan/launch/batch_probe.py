@@ -23,7 +23,7 @@ from fastgan.launch import checks
 from fastgan.launch.run_dir import write_config
 from fastgan.models import Precond
 from fastgan.training.fast import WARMUP
-from fastgan.training.loop import Step
+from fastgan.training.state import TrainingStep
 
 # The share of a GPU that a trial may take at its peak; the rest is for all-reduces, evaluation and
 # fragmentation.
@@ -37,7 +37,7 @@ Images = tuple[Tensor, Tensor | None]
 
 
 def settle_batch_gpu(
-    config: RunConfig, world: World, network: Precond, build: Callable[[Any, World], Step]
+    config: RunConfig, world: World, network: Precond, build: Callable[[Any, World], TrainingStep]
 ) -> None:
     """Makes batch_gpu=auto a number, in `config` and in the run's config.yaml, and says so.
 
@@ -147,7 +147,7 @@ def _largest(
     return None
 
 
-def _peak(step: Step, images: Images, interval: int, memory: GpuMemory) -> int:
+def _peak(step: TrainingStep, images: Images, interval: int, memory: GpuMemory) -> int:
     """Of settled iterations: choosing cuDNN's algorithms takes more, once, if it is there."""
     # At least every second iteration is without R1, unless all are with it.
     plain = [k for k in range(1, 2 * _TIMES) if not interval or k % interval][:_TIMES]

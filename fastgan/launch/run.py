@@ -20,7 +20,8 @@ from fastgan.launch.batch_probe import naming_batch_gpu, naming_what_fits, settl
 from fastgan.launch.engine import prepare_process
 from fastgan.launch.run_dir import open_run_dir
 from fastgan.models import Precond
-from fastgan.training.loop import Schedule, Step, run_loop
+from fastgan.training.loop import Schedule, run_loop
+from fastgan.training.state import TrainingStep
 
 GRID_SEEDS = list(range(64))
 
@@ -43,7 +44,7 @@ def run(
     world: World,
     data: ImageDataset,
     model: build.Model,
-    make_step: Callable[..., Step],
+    make_step: Callable[..., TrainingStep],
     networks: list[nn.Module],
     *,
     plan: list[str],
