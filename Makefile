@@ -25,7 +25,7 @@ test: .venv/.ready ## the fast tests
 	@$(PYTHON) -m pytest -n 2 -m 'not slow'
 
 test-slow: .venv/.ready ## the tests that take minutes
-	@$(PYTHON) -m pytest -m slow
+	@$(PYTHON) -m pytest -n 2 -m slow
 
 test-torch211: .venv-torch211/.ready ## kernels, networks, training, instruments under torch 2.11 + triton 3.6 (downloads gigabytes)
 	@.venv-torch211/bin/python -m pytest -n 2 -m 'not slow' tests/kernels tests/models tests/training tests/performance
