@@ -5,7 +5,6 @@ submitit job, whose own helper exports the same variables. Neither means one pro
 every function below does nothing.
 """
 
-import importlib
 import os
 import re
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from fastgan.common.errors import UserError
+from fastgan.common.libraries import import_optional
 
 _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 _MASTER = ("MASTER_ADDR", "MASTER_PORT")
@@ -25,10 +25,6 @@ _MASTER = ("MASTER_ADDR", "MASTER_PORT")
 
 # How long an exchange may take, as `init` was told: PyTorch's further groups do not inherit it.
 _patience = timedelta(minutes=10)
-
-
-class LostProcess(UserError):
-    """Another process of the job died, or did not come to an exchange in time."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +113,11 @@ def barrier() -> None:
 
 @contextmanager
 def exchanging() -> Iterator[None]:
-    """Turns what an exchange fails with, where another process died or hangs, into LostProcess."""
+    """Turns what an exchange fails with, where another process died or hangs, into a UserError."""
     try:
         yield
     except RuntimeError as error:
-        raise LostProcess(
+        raise UserError(
             f"process {rank()} of {world_size()} lost another one ({_reason(error)}), in an "
             "exchange between processes, the first error of all of them tells why and the same "
             "command resumes"
@@ -166,13 +162,8 @@ def _export_submitit_variables() -> None:
     """Inside a submitit job: lets submitit set torchrun's variables, unless torchrun did."""
     if "SUBMITIT_EXECUTOR" not in os.environ or any(name in os.environ for name in _RANKS):
         return
-    try:
-        helpers = importlib.import_module("submitit.helpers")
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "submitit is not installed, needed inside a submitit job (SUBMITIT_EXECUTOR is set), "
-            "install it with: pip install submitit"
-        ) from error
+    purpose = "a submitit job (SUBMITIT_EXECUTOR is set)"
+    helpers = import_optional("submitit.helpers", purpose, "slurm")
     # Every rank keeps seeing all GPUs, since `init` selects by local rank, as under torchrun.
     environment = helpers.TorchDistributedEnvironment()
     environment.export(set_cuda_visible_devices=False, overwrite=True)

@@ -30,6 +30,17 @@ def require_file(path: str | os.PathLike[str], purpose: str) -> Path:
     return found
 
 
+def read_bounded(path: str | os.PathLike[str], most: int) -> bytes:
+    """A file's content. OSError, or ValueError where it has more than `most` bytes."""
+    if not os.path.isfile(path):  # a pipe would keep us waiting
+        raise FileNotFoundError(f"{os.path.basename(path)} is no file")
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"more than {most} bytes in {os.path.basename(path)}")
+    return content
+
+
 def file_sha256(path: str | os.PathLike[str]) -> str:
     """sha256 of a file's content, as 64 hexadecimal digits."""
     with open(path, "rb") as file:

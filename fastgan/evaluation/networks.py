@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from fastgan.common.errors import UserError
-from fastgan.common.files import require_file
+from fastgan.common.files import file_sha256, require_file
 from fastgan.common.libraries import import_optional, import_timm, import_torchvision
-from fastgan.evaluation.features import Device, FromFile, Where, to_rgb, verified_sha256
+from fastgan.evaluation.features import Device, FromFile, to_rgb
+from fastgan.evaluation.frechet import Where
 
 FILE_NAME = "inception-2015-12-05.pt"
 URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{FILE_NAME}"
@@ -36,11 +37,9 @@ class InceptionFeatures(FromFile):
     resize = "TensorFlow 1 bilinear to 299, inside the network"
     _resize_inside = True
 
-    def __init__(
-        self, weights: Where | None, device: Device, expected_sha256: str | None = None
-    ) -> None:
+    def __init__(self, weights: Where | None, device: Device) -> None:
         path = _locate(weights)
-        super().__init__(path, device, expected_sha256)
+        super().__init__(path, device)
         import_torchvision()
         wrapper = import_optional(
             "cleanfid.inception_torchscript", "the Inception extractors", "eval"
@@ -100,13 +99,7 @@ class TimmFeatures:
     weights: a local file (.safetensors, or a .pth of plain tensors); None lets timm download them.
     """
 
-    def __init__(
-        self,
-        model: str,
-        device: torch.device | str,
-        weights: Where | None = None,
-        expected_sha256: str | None = None,
-    ) -> None:
+    def __init__(self, model: str, device: Device, weights: Where | None = None) -> None:
         timm = import_timm()
         if not timm.is_model(model):
             raise UserError(
@@ -115,7 +108,7 @@ class TimmFeatures:
             )
         self.name = model
         self.device = torch.device(device)
-        overlay, self._weights = _weights(timm, weights, expected_sha256)
+        overlay, self._weights = _weights(timm, weights)
         self._net = _create(timm, model, overlay, weights).to(self.device)
         config = self._net.pretrained_cfg
         self._weights.setdefault("weights_tag", f"{config.get('hf_hub_id') or config.get('url')}")
@@ -138,14 +131,11 @@ class TimmFeatures:
         return self._net.forward_head(maps, pre_logits=True).flatten(1)
 
 
-def _weights(
-    timm: Any, weights: Where | None, expected_sha256: str | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _weights(timm: Any, weights: Where | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """timm's overlay that makes it load `weights`, and their provenance."""
     if weights is None:
         return {}, {}
     path = require_file(weights, "the timm model's weights")
-    sha256 = verified_sha256(path, expected_sha256)
     # Read here with weights_only, since older timm versions unpickle what `file=` names.
     try:
         state = timm.models.load_state_dict(str(path), weights_only=True)
@@ -156,8 +146,8 @@ def _weights(
         ) from error
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"holds more than named tensors, file {path}, give a .safetensors file")
-    provenance = {"weights_tag": "local", "weights_file": path.name, "weights_sha256": sha256}
-    return {"state_dict": state}, provenance
+    facts = {"weights_file": path.name, "weights_sha256": file_sha256(path)}
+    return {"state_dict": state}, {"weights_tag": "local", **facts}
 
 
 def _create(timm: Any, model: str, overlay: dict[str, Any], weights: Any) -> Any:
