@@ -10,7 +10,6 @@ import hashlib
 import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -48,31 +47,16 @@ _ALLOWED = _DICTS | {
 _EXPECTED = "an EDM, D2O or GDD checkpoint expected"
 
 
-@dataclass(frozen=True)
-class EdmNetwork:
-    """One network of a published checkpoint.
-
-    Attributes:
-        config: what `fastgan.models.network_from_config` takes.
-        state: parameters and persistent buffers under their published names, dtypes as stored.
-        source_class: EDMPrecond, D2OPrecond or GDDPrecond.
-        sha256: of the whole file, in hexadecimal.
-        format: the file's layout, "edm" {ema, loss_fn, ...} or "d2o" {net, ema, ...}.
-        network: the key that it lay under, "ema" or "net".
-        unused_arguments: constructor arguments of the source that nothing here corresponds to.
-    """
-
-    config: dict[str, Any]
-    state: dict[str, Tensor]
-    source_class: str
-    sha256: str
-    format: str
-    network: str
-    unused_arguments: dict[str, Any] = field(default_factory=dict)
+Config, State, Provenance = dict[str, Any], dict[str, Tensor], dict[str, Any]
 
 
-def read_edm_pickle(path: str | Path, network: str = "ema") -> EdmNetwork:
+def read_edm_pickle(path: str | Path, network: str = "ema") -> tuple[Config, State, Provenance]:
     """Reads the network under the key `network` ("ema" or "net") of an EDM, D2O or GDD pickle.
+
+    Returns what `fastgan.models.network_from_config` takes, the parameters and persistent buffers
+    under their published names, and the provenance for a network file: also the class (EDMPrecond,
+    D2OPrecond, GDDPrecond), the file's layout ("edm" {ema, loss_fn, ...} or "d2o" {net, ema, ...})
+    and the constructor arguments of the source that nothing here corresponds to.
 
     Tensors come out bit-identical on the CPU. Their names and shapes are held against the
     architecture that the file's own constructor arguments describe. The file has at most
@@ -102,22 +86,13 @@ def import_edm(
         raise UserError(f"source and destination are one file, {source}, two paths expected")
     if destination.exists() and not force:
         raise UserError(f"file exists, {destination}, another path or --force expected")
-    found = read_edm_pickle(source, network)
-    provenance = {
-        "base_model": source.stem,
-        "base_sha256": found.sha256,
-        "license": LICENSE,
-        "source_class": found.source_class,
-        "source_format": found.format,
-        "source_network": network,
-        "unused_arguments": found.unused_arguments,
-    }
+    config, state, provenance = read_edm_pickle(source, network)
     kind = "ema" if network == "ema" else "generator"
-    save_network(destination, found.config, found.state, kind=kind, provenance=provenance)
+    save_network(destination, config, state, kind=kind, provenance=provenance)
     return {
         **provenance,
-        "tensors": len(found.state),
-        "values": sum(tensor.numel() for tensor in found.state.values()),
+        "tensors": len(state),
+        "values": sum(tensor.numel() for tensor in state.values()),
         "destination": str(destination),
         "sha256": file_sha256(destination),
     }
@@ -165,7 +140,9 @@ def _is_allowed(name: str) -> bool:
     return name in _ALLOWED or name.startswith(NN_MODULES)
 
 
-def _read_network(file: mmap.mmap, root: dict[str, object], network: str, path: Path) -> EdmNetwork:
+def _read_network(
+    file: mmap.mmap, root: dict[str, object], network: str, path: Path
+) -> tuple[Config, State, Provenance]:
     """The chosen network of the outermost dict `root` of `file`."""
     precond = _choose(root, network, path)
     class_name, content = module_content(precond)
@@ -179,15 +156,16 @@ def _read_network(file: mmap.mmap, root: dict[str, object], network: str, path: 
     config, unused = architecture(_PRECONDS[class_name], content, str(path))
     state = read_tensors(precond, max_bytes=len(file), where=str(path))
     require_fit(config, state, str(path))
-    return EdmNetwork(
-        config=config,
-        state=state,
-        source_class=class_name,
-        sha256=hashlib.sha256(file).hexdigest(),
-        format="d2o" if "net" in root else "edm",
-        network=network,
-        unused_arguments=unused,
-    )
+    provenance = {
+        "base_model": path.stem,
+        "base_sha256": hashlib.sha256(file).hexdigest(),
+        "license": LICENSE,
+        "source_class": class_name,
+        "source_format": "d2o" if "net" in root else "edm",
+        "source_network": network,
+        "unused_arguments": unused,
+    }
+    return config, state, provenance
 
 
 def _choose(root: dict[str, object], network: str, path: Path) -> object:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastgan.common.errors import UserError, shown
+from fastgan.common.files import parse_object
 
 # A bound on label_dim: one absurd label must not make a network of gigabytes.
 MAX_CLASSES = 1 << 20
@@ -23,10 +24,10 @@ _CHUNK_FOLDER = re.compile(r"\d{5}")
 def parse_index(data: bytes, where: str) -> dict[str, Any]:
     """The object in a dataset.json. Raises UserError unless it has the key `labels`."""
     try:
-        index = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"malformed JSON ({error}), {where}, an object expected") from error
-    if not isinstance(index, dict) or "labels" not in index:
+        index = parse_object(data)
+    except ValueError as error:
+        raise UserError(f"{error}, {where}, an object expected") from error
+    if "labels" not in index:
         raise UserError(f"no key 'labels', {where}, a list of [name, label] or null expected")
     return index
 
@@ -119,7 +120,4 @@ def _is_real(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    try:
-        return shown(json.dumps(value), 40)
-    except RecursionError:
-        return "of many levels"
+    return shown(json.dumps(value), 40)

@@ -73,15 +73,6 @@ def test_as_many_as_there_are_workers_are_made_ahead(workers: int) -> None:
     ahead.close()
 
 
-def test_the_end() -> None:
-    work = Work()
-    ahead = Ahead(work, 4, end=6)
-    assert [ahead(k) for k in range(6)] == [0, 10, 20, 30, 40, 50]
-    time.sleep(0.05)  # were there more to do, it would be done now
-    ahead.close()
-    assert set(work.asked) == set(range(6))
-
-
 def test_what_was_handed_over_is_not_kept() -> None:
     ahead = Ahead(lambda k: np.full(3, k), 2)
     seen = [weakref.ref(ahead(k)) for k in range(5)]
