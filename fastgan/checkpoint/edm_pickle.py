@@ -44,13 +44,13 @@ _ALLOWED = _DICTS | {
     "builtins.set",  # how protocols 2 and 3 spell a set
     "__builtin__.set",
 }
-_EXPECTED = "an EDM, D2O or GDD checkpoint expected"
+_EXPECTED = "an EDM, D2O or GDD checkpoint expected (EDM2 is not supported)"
 
 
-Config, State, Provenance = dict[str, Any], dict[str, Tensor], dict[str, Any]
+Network = tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]  # config, state, provenance
 
 
-def read_edm_pickle(path: str | Path, network: str = "ema") -> tuple[Config, State, Provenance]:
+def read_edm_pickle(path: str | Path, network: str = "ema") -> Network:
     """Reads the network under the key `network` ("ema" or "net") of an EDM, D2O or GDD pickle.
 
     Returns what `fastgan.models.network_from_config` takes, the parameters and persistent buffers
@@ -121,11 +121,8 @@ def _load_root(file: mmap.mmap, path: Path) -> dict[str, object]:
     try:
         root = InertUnpickler(cast(BinaryIO, file), _is_allowed, _DICTS).load()
     except RefusedGlobal as error:
-        if "encoder" in error.root_keys:
-            raise _edm2(path) from error
         raise UserError(
-            f"the file names the global {shown(error.name)}, {path}, which no EDM checkpoint "
-            "needs: refused, only the published format is read"
+            f"the file names the global {shown(error)}, {path}, which is refused: {_EXPECTED}"
         ) from error
     if not isinstance(root, dict) or not all(isinstance(key, str) for key in root):
         raise UserError(f"no named networks at the top level, {path}, {_EXPECTED}")
@@ -140,18 +137,17 @@ def _is_allowed(name: str) -> bool:
     return name in _ALLOWED or name.startswith(NN_MODULES)
 
 
-def _read_network(
-    file: mmap.mmap, root: dict[str, object], network: str, path: Path
-) -> tuple[Config, State, Provenance]:
+def _read_network(file: mmap.mmap, root: dict[str, object], network: str, path: Path) -> Network:
     """The chosen network of the outermost dict `root` of `file`."""
-    precond = _choose(root, network, path)
+    precond = root.get(network)
+    if precond is None:
+        held = ", ".join(shown(key) for key in list(root)[:8]) or "nothing"
+        raise UserError(f"no network {network!r}, {path} (it holds {held}), ema or net expected")
     class_name, content = module_content(precond)
-    if class_name == "Precond":
-        raise _edm2(path)
     if class_name not in _PRECONDS:
         raise UserError(
             f"{network!r} is of class {shown(class_name)}, {path}, "
-            f"one of {', '.join(_PRECONDS)} expected"
+            f"one of {', '.join(_PRECONDS)} expected (EDM2 is not supported)"
         )
     config, unused = architecture(_PRECONDS[class_name], content, str(path))
     state = read_tensors(precond, max_bytes=len(file), where=str(path))
@@ -166,16 +162,3 @@ def _read_network(
         "unused_arguments": unused,
     }
     return config, state, provenance
-
-
-def _choose(root: dict[str, object], network: str, path: Path) -> object:
-    if "encoder" in root:
-        raise _edm2(path)
-    if root.get(network) is None:
-        held = ", ".join(shown(key) for key in list(root)[:8]) or "nothing"
-        raise UserError(f"no network {network!r}, {path} (it holds {held}), ema or net expected")
-    return root[network]
-
-
-def _edm2(path: Path) -> UserError:
-    return UserError(f"an EDM2 checkpoint, {path}, whose networks are not supported: {_EXPECTED}")

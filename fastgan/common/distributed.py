@@ -41,7 +41,7 @@ def init(device: str, timeout_seconds: float = 600) -> World:
     """Joins the process group (gloo for "cpu", NCCL for "cuda") and selects this rank's GPU.
 
     A collective that waits longer than `timeout_seconds` fails instead of hanging forever.
-    UserError: unknown device, too few GPUs, variables that contradict each other, no connection.
+    UserError: too few GPUs, variables that contradict each other, no connection.
     """
     assert not dist.is_initialized(), "init() is called once per process"
     _export_submitit_variables()
@@ -179,7 +179,13 @@ def _read_ranks() -> tuple[int, int, int]:
             f"{', '.join(missing)} not set though others of torchrun's variables are, "
             f"in the environment, set all of {', '.join(_RANKS + _MASTER)} or none"
         )
-    rank, local_rank, size, port = (_integer(n) for n in (*_RANKS, "MASTER_PORT"))
+    try:
+        rank, local_rank, size, port = (int(os.environ[n]) for n in (*_RANKS, "MASTER_PORT"))
+    except ValueError as error:
+        raise UserError(
+            f"RANK, LOCAL_RANK, WORLD_SIZE or MASTER_PORT is no integer ({error}), "
+            "in the environment, start with torchrun or unset them"
+        ) from error
     if not (0 <= local_rank <= rank < size and 0 < port < 65536):
         raise UserError(
             f"RANK={rank}, LOCAL_RANK={local_rank}, WORLD_SIZE={size}, MASTER_PORT={port} "
@@ -189,21 +195,10 @@ def _read_ranks() -> tuple[int, int, int]:
     return rank, local_rank, size
 
 
-def _integer(name: str) -> int:
-    try:
-        return int(os.environ[name])
-    except ValueError as error:
-        raise UserError(
-            f"{name}={os.environ[name]!r} is no integer, in the environment, "
-            "start with torchrun or unset it"
-        ) from error
-
-
 def _select_device(device: str, local_rank: int) -> torch.device:
     if device == "cpu":
         return torch.device("cpu")
-    if device != "cuda":
-        raise UserError(f"unknown device {device!r}, key `device`, right is cpu or cuda")
+    assert device == "cuda", device
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if local_rank >= count:
         raise UserError(

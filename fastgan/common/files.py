@@ -3,11 +3,10 @@
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -65,15 +64,16 @@ def replacement(path: str | os.PathLike[str]) -> Iterator[Path]:
         if target.is_dir():
             raise UserError(f"is a folder, {target}, give the path of a file")
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(PART, f".{target.name}.", target.parent)
-        os.close(handle)
+        aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}{PART}")
+        aside.touch(exist_ok=False)
+        mode = aside.stat().st_mode
     except OSError as error:
         raise UserError(
             f"cannot write ({error.strerror}), {target}, give a path in a writable folder"
         ) from error
     try:
-        yield Path(aside)
-        os.chmod(aside, 0o666 & ~_umask())
+        yield aside
+        aside.chmod(mode)  # whoever overwrote it may have made a private file of it
         os.replace(aside, target)
     except BaseException:
         os.unlink(aside)
@@ -96,17 +96,6 @@ def sync(path: str | os.PathLike[str]) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-@cache
-def _umask() -> int:
-    """The process's umask: mkstemp files are private, results should not be.
-
-    It can only be read by changing it, which other threads should not see: read once.
-    """
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:

@@ -70,13 +70,6 @@ def has_class_folders(names: Sequence[str]) -> bool:
     return len(folders) >= 2 and not nested and not chunks
 
 
-def label_dim_of(labels: np.ndarray | None) -> int:
-    """0 without labels, largest class + 1, or the length of the vectors."""
-    if labels is None:
-        return 0
-    return int(labels.max()) + 1 if labels.ndim == 1 else int(labels.shape[1])
-
-
 def _table(entries: Any, where: str) -> dict[str, Any]:
     if not isinstance(entries, list):
         raise UserError(f"'labels' is no list, {where}, a list of [name, label] or null expected")

@@ -17,7 +17,6 @@ import torch
 from edm_writer import (
     GOLDEN,
     Call,
-    EasyDict,
     edm_root,
     golden_network,
     module_tree,
@@ -28,7 +27,7 @@ from edm_writer import (
 
 from fastgan.checkpoint import edm_pickle, inert_pickle
 from fastgan.checkpoint.edm_pickle import import_edm, read_edm_pickle
-from fastgan.checkpoint.edm_records import PERSISTENT, architecture, read_tensors
+from fastgan.checkpoint.edm_records import PERSISTENT, architecture
 from fastgan.checkpoint.inert_pickle import Record
 from fastgan.checkpoint.network_file import load_network_file, require_fit
 from fastgan.common.errors import UserError
@@ -171,23 +170,6 @@ def rebuilt(offset, size, stride, values: torch.Tensor | None = None):
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
-@pytest.mark.parametrize(
-    ("offset", "size", "stride", "reason"),
-    [
-        (0, (32, 9), (9, 1), "does not fit its storage of 256 values"),
-        (1, (32, 8), (8, 1), "does not fit its storage of 256 values"),
-        (0, (1 << 20, 1 << 10), (0, 0), "more bytes than the file has"),
-        (-1, (32, 8), (8, 1), "no whole numbers"),
-        (0, (32, 8), (8,), "2 sizes with 1 strides"),
-    ],
-)
-def test_shapes_beyond_their_storage_are_refused(tmp_path, offset, size, stride, reason):
-    root = with_weight(rebuilt(offset, size, stride))
-    message = refusal(write_pickle(tmp_path / "bad.pkl", root))
-    assert "unreadable tensor model.map_layer0.weight" in message and reason in message
-
-
-@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 def test_a_view_comes_out_as_the_values_it_shows(tmp_path):
     values = torch.arange(600.0)
     root = with_weight(rebuilt(5, (32, 8), (1, 40), values))
@@ -206,16 +188,6 @@ def test_integers_and_wrong_shapes_are_refused(tmp_path):
     assert "model.map_layer0.weight: (32, 9), architecture: (32, 8)" in message
 
 
-def test_modules_that_contain_themselves_are_refused(tmp_path):
-    tree = tiny_tree()
-    tree.model.enc._modules["again"] = tree.model.enc
-    assert "contains itself" in refusal(write_pickle(tmp_path / "bad.pkl", edm_root(tree)))
-    record = Record("torch.nn.modules.Loop", (), None)
-    record.state = {"_parameters": {}, "_buffers": {}, "_modules": {"a": record}}
-    with pytest.raises(ValueError, match="contains itself"):
-        read_tensors(record, 100, "here")
-
-
 @pytest.mark.parametrize("name", ["VPPrecond", "Discriminator"])
 def test_other_classes_are_refused_by_name(tmp_path, name):
     root = edm_root(module_tree({**TINY, "precond": name}, {"model.w": torch.ones(1)}))
@@ -224,20 +196,13 @@ def test_other_classes_are_refused_by_name(tmp_path, name):
 
 def test_edm2_is_told_apart(tmp_path):
     network = module_tree({**TINY, "precond": "Precond"}, {"model.w": torch.ones(1)})
-    path = tmp_path / "edm2.pkl"
-    rest = EasyDict(dataset_kwargs={}, loss_fn=None, ema=network)
-    assert "EDM2" in refusal(write_pickle(path, EasyDict(encoder=None) | rest))
+    root = edm_root(network)
+    message = refusal(write_pickle(tmp_path / "edm2.pkl", root))
+    assert "'ema' is of class Precond" in message and "EDM2 is not supported" in message
     # The encoder of the latent models holds arrays, a global that EDM's files do not need.
-    encoder = new_module("StabilityVAEEncoder")
-    encoder.scale = np.ones(4, np.float32)
-    assert "EDM2" in refusal(write_pickle(path, EasyDict(encoder=encoder) | rest))
-    assert "EDM2" in refusal(write_pickle(path, edm_root(network)))
-
-
-def test_bytes_after_the_end_are_refused(tmp_path):
-    path = write_pickle(tmp_path / "net.pkl", edm_root(tiny_tree()))
-    path.write_bytes(path.read_bytes() + b"more")
-    assert "4 bytes after the pickle's end" in refusal(path)
+    root["encoder"] = new_module("StabilityVAEEncoder")
+    root["encoder"].scale = np.ones(4, np.float32)
+    assert "EDM2 is not supported" in refusal(write_pickle(tmp_path / "edm2.pkl", root))
 
 
 def test_missing_network_names_what_is_there(tmp_path):

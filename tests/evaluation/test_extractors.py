@@ -15,9 +15,8 @@ from fastgan.common.files import file_sha256
 from fastgan.common.libraries import import_timm, import_torchvision
 from fastgan.data import open_dataset
 from fastgan.evaluation.classifiers import CifarResNet
-from fastgan.evaluation.extractors import load_extractor
+from fastgan.evaluation.extractors import FILE_NAME, load_extractor
 from fastgan.evaluation.features import PixelPca
-from fastgan.evaluation.networks import FILE_NAME
 
 
 def _images(n: int, channels: int = 3, size: int = 32, seed: int = 0) -> torch.Tensor:
