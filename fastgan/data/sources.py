@@ -14,12 +14,12 @@ from typing import Any, NoReturn
 import numpy as np
 
 from fastgan.common.errors import UserError, shown
+from fastgan.common.files import parse_object
 from fastgan.data.decode import EXTENSIONS, check_header, dataset_shape, decode_image, open_image
 from fastgan.data.labels import (
     has_class_folders,
     labels_from_folders,
     labels_from_index,
-    parse_index,
 )
 
 INDEX_NAME = "dataset.json"
@@ -82,7 +82,13 @@ class ImageSource(ABC):
     def _read_index(self) -> None:
         limit = min(_MAX_INDEX_BYTES, (1 << 20) + _MAX_INDEX_BYTES_PER_IMAGE * len(self.names))
         where = self.where(INDEX_NAME)
-        index = parse_index(self.read(INDEX_NAME, limit), where)
+        content = self.read(INDEX_NAME, limit)
+        try:
+            index = parse_object(content)
+        except ValueError as error:
+            raise UserError(f"{error}, {where}, an object expected") from error
+        if "labels" not in index:
+            raise UserError(f"no key 'labels', {where}, a list of [name, label] or null expected")
         self.labels = labels_from_index(index.pop("labels"), self.names, where)
         self.metadata = {key: shown(v, 200) for key, v in index.items() if isinstance(v, str)}
 
