@@ -101,7 +101,10 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         (("2", "0", "2", "localhost", "29500"), "RANK=2, .* contradict each other"),
         (("0", "1", "2", "localhost", "29500"), "contradict each other"),
         (("0", "0", "2", "localhost", "0"), "contradict each other"),
-        (("0", "0", "two", "localhost", "29500"), "WORLD_SIZE='two' is no integer"),
+        (
+            ("0", "0", "two", "localhost", "29500"),
+            "no integer .*'two'",
+        ),
     ],
 )
 def test_contradictions(
@@ -122,8 +125,6 @@ def test_an_absent_partner_is_a_bounded_wait(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="unknown device 'tpu', key `device`"):
-        distributed.init("tpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="finds 0 usable GPUs, key `device`"):
         distributed.init("cuda")
@@ -145,5 +146,5 @@ def test_submitit_exports_torchruns_variables(monkeypatch: pytest.MonkeyPatch) -
     for name in _VARIABLES:
         monkeypatch.delenv(name)
     monkeypatch.setitem(sys.modules, "submitit.helpers", None)
-    with pytest.raises(UserError, match="submitit is not installed"):
+    with pytest.raises(UserError, match=r"submitit.helpers is not installed.*fastgan\[slurm\]"):
         distributed.init("cpu")

@@ -10,7 +10,6 @@ import hashlib
 import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -45,34 +44,19 @@ _ALLOWED = _DICTS | {
     "builtins.set",  # how protocols 2 and 3 spell a set
     "__builtin__.set",
 }
-_EXPECTED = "an EDM, D2O or GDD checkpoint expected"
+_EXPECTED = "an EDM, D2O or GDD checkpoint expected (EDM2 is not supported)"
 
 
-@dataclass(frozen=True)
-class EdmNetwork:
-    """One network of a published checkpoint.
-
-    Attributes:
-        config: what `fastgan.models.network_from_config` takes.
-        state: parameters and persistent buffers under their published names, dtypes as stored.
-        source_class: EDMPrecond, D2OPrecond or GDDPrecond.
-        sha256: of the whole file, in hexadecimal.
-        format: the file's layout, "edm" {ema, loss_fn, ...} or "d2o" {net, ema, ...}.
-        network: the key that it lay under, "ema" or "net".
-        unused_arguments: constructor arguments of the source that nothing here corresponds to.
-    """
-
-    config: dict[str, Any]
-    state: dict[str, Tensor]
-    source_class: str
-    sha256: str
-    format: str
-    network: str
-    unused_arguments: dict[str, Any] = field(default_factory=dict)
+Network = tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]  # config, state, provenance
 
 
-def read_edm_pickle(path: str | Path, network: str = "ema") -> EdmNetwork:
+def read_edm_pickle(path: str | Path, network: str = "ema") -> Network:
     """Reads the network under the key `network` ("ema" or "net") of an EDM, D2O or GDD pickle.
+
+    Returns what `fastgan.models.network_from_config` takes, the parameters and persistent buffers
+    under their published names, and the provenance for a network file: also the class (EDMPrecond,
+    D2OPrecond, GDDPrecond), the file's layout ("edm" {ema, loss_fn, ...} or "d2o" {net, ema, ...})
+    and the constructor arguments of the source that nothing here corresponds to.
 
     Tensors come out bit-identical on the CPU. Their names and shapes are held against the
     architecture that the file's own constructor arguments describe. The file has at most
@@ -102,22 +86,13 @@ def import_edm(
         raise UserError(f"source and destination are one file, {source}, two paths expected")
     if destination.exists() and not force:
         raise UserError(f"file exists, {destination}, another path or --force expected")
-    found = read_edm_pickle(source, network)
-    provenance = {
-        "base_model": source.stem,
-        "base_sha256": found.sha256,
-        "license": LICENSE,
-        "source_class": found.source_class,
-        "source_format": found.format,
-        "source_network": network,
-        "unused_arguments": found.unused_arguments,
-    }
+    config, state, provenance = read_edm_pickle(source, network)
     kind = "ema" if network == "ema" else "generator"
-    save_network(destination, found.config, found.state, kind=kind, provenance=provenance)
+    save_network(destination, config, state, kind=kind, provenance=provenance)
     return {
         **provenance,
-        "tensors": len(found.state),
-        "values": sum(tensor.numel() for tensor in found.state.values()),
+        "tensors": len(state),
+        "values": sum(tensor.numel() for tensor in state.values()),
         "destination": str(destination),
         "sha256": file_sha256(destination),
     }
@@ -146,11 +121,8 @@ def _load_root(file: mmap.mmap, path: Path) -> dict[str, object]:
     try:
         root = InertUnpickler(cast(BinaryIO, file), _is_allowed, _DICTS).load()
     except RefusedGlobal as error:
-        if "encoder" in error.root_keys:
-            raise _edm2(path) from error
         raise UserError(
-            f"the file names the global {shown(error.name)}, {path}, which no EDM checkpoint "
-            "needs: refused, only the published format is read"
+            f"the file names the global {shown(error)}, {path}, which is refused: {_EXPECTED}"
         ) from error
     if not isinstance(root, dict) or not all(isinstance(key, str) for key in root):
         raise UserError(f"no named networks at the top level, {path}, {_EXPECTED}")
@@ -165,39 +137,28 @@ def _is_allowed(name: str) -> bool:
     return name in _ALLOWED or name.startswith(NN_MODULES)
 
 
-def _read_network(file: mmap.mmap, root: dict[str, object], network: str, path: Path) -> EdmNetwork:
+def _read_network(file: mmap.mmap, root: dict[str, object], network: str, path: Path) -> Network:
     """The chosen network of the outermost dict `root` of `file`."""
-    precond = _choose(root, network, path)
+    precond = root.get(network)
+    if precond is None:
+        held = ", ".join(shown(key) for key in list(root)[:8]) or "nothing"
+        raise UserError(f"no network {network!r}, {path} (it holds {held}), ema or net expected")
     class_name, content = module_content(precond)
-    if class_name == "Precond":
-        raise _edm2(path)
     if class_name not in _PRECONDS:
         raise UserError(
             f"{network!r} is of class {shown(class_name)}, {path}, "
-            f"one of {', '.join(_PRECONDS)} expected"
+            f"one of {', '.join(_PRECONDS)} expected (EDM2 is not supported)"
         )
     config, unused = architecture(_PRECONDS[class_name], content, str(path))
     state = read_tensors(precond, max_bytes=len(file), where=str(path))
     require_fit(config, state, str(path))
-    return EdmNetwork(
-        config=config,
-        state=state,
-        source_class=class_name,
-        sha256=hashlib.sha256(file).hexdigest(),
-        format="d2o" if "net" in root else "edm",
-        network=network,
-        unused_arguments=unused,
-    )
-
-
-def _choose(root: dict[str, object], network: str, path: Path) -> object:
-    if "encoder" in root:
-        raise _edm2(path)
-    if root.get(network) is None:
-        held = ", ".join(shown(key) for key in list(root)[:8]) or "nothing"
-        raise UserError(f"no network {network!r}, {path} (it holds {held}), ema or net expected")
-    return root[network]
-
-
-def _edm2(path: Path) -> UserError:
-    return UserError(f"an EDM2 checkpoint, {path}, whose networks are not supported: {_EXPECTED}")
+    provenance = {
+        "base_model": path.stem,
+        "base_sha256": hashlib.sha256(file).hexdigest(),
+        "license": LICENSE,
+        "source_class": class_name,
+        "source_format": "d2o" if "net" in root else "edm",
+        "source_network": network,
+        "unused_arguments": unused,
+    }
+    return config, state, provenance

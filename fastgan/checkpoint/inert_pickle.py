@@ -35,15 +35,7 @@ T = TypeVar("T")
 
 
 class RefusedGlobal(UnpicklingError):
-    """The file names a global that is not on the list.
-
-    `root_keys` are the keys of the outermost dict that were read before it: they tell which kind
-    of file it is.
-    """
-
-    def __init__(self, name: str, root_keys: list[str]) -> None:
-        super().__init__(name)
-        self.name, self.root_keys = name, root_keys
+    """The file names a global that is not on the list: this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +147,7 @@ class InertUnpickler:
 
     def _push_global(self, name: str) -> None:
         if not self.allowed(name):
-            root = [*self.outer_stacks, self.stack][1:2]
-            keys = [key for items in root for key in items[::2] if isinstance(key, str)]
-            raise RefusedGlobal(name, keys)
+            raise RefusedGlobal(name)
         self.stack.append(GlobalName(name))
 
     def _construct(self, callee: object, arguments: object) -> None:

@@ -23,7 +23,15 @@ from torch import Tensor
 
 from fastgan.checkpoint.network_file import load_network_file, save_network
 from fastgan.common.errors import UserError
-from fastgan.common.files import PART, file_sha256, parse_object, replacement, sweep, sync
+from fastgan.common.files import (
+    PART,
+    file_sha256,
+    parse_object,
+    read_bounded,
+    replacement,
+    sweep,
+    sync,
+)
 
 EMA = "ema.safetensors"
 TRAINING = "training.safetensors"
@@ -97,7 +105,10 @@ def latest_checkpoint(folder: Path) -> Path | None:
     pointer = folder / LATEST
     if not pointer.exists():
         return None
-    name = _head(pointer, 64).decode(errors="replace").strip()
+    try:
+        name = read_bounded(pointer, 64).decode(errors="replace").strip()
+    except (OSError, ValueError):
+        name = ""
     if not _is_number(name) or not (folder / name).is_dir():
         raise UserError(f"{pointer} names no checkpoint beside it, the name of one would be right")
     return folder / name
@@ -169,15 +180,7 @@ def _metrics(path: Path) -> dict[str, float]:
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    return parse_object(_head(path / META, _MAX_META_BYTES))
-
-
-def _head(path: Path, most: int) -> bytes:
-    """A file's first `most` bytes; OSError where it is a pipe or a device."""
-    if not path.is_file():
-        raise OSError(f"{path.name} is no file")
-    with path.open("rb") as file:
-        return file.read(most)
+    return parse_object(read_bounded(path / META, _MAX_META_BYTES))
 
 
 def _is_number(name: str) -> bool:

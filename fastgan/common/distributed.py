@@ -5,7 +5,6 @@ submitit job, whose own helper exports the same variables. Neither means one pro
 every function below does nothing.
 """
 
-import importlib
 import os
 import re
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from fastgan.common.errors import UserError
+from fastgan.common.libraries import import_optional
 
 _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 _MASTER = ("MASTER_ADDR", "MASTER_PORT")
@@ -25,10 +25,6 @@ _MASTER = ("MASTER_ADDR", "MASTER_PORT")
 
 # How long an exchange may take, as `init` was told: PyTorch's further groups do not inherit it.
 _patience = timedelta(minutes=10)
-
-
-class LostProcess(UserError):
-    """Another process of the job died, or did not come to an exchange in time."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ def init(device: str, timeout_seconds: float = 600) -> World:
     """Joins the process group (gloo for "cpu", NCCL for "cuda") and selects this rank's GPU.
 
     A collective that waits longer than `timeout_seconds` fails instead of hanging forever.
-    UserError: unknown device, too few GPUs, variables that contradict each other, no connection.
+    UserError: too few GPUs, variables that contradict each other, no connection.
     """
     assert not dist.is_initialized(), "init() is called once per process"
     _export_submitit_variables()
@@ -117,11 +113,11 @@ def barrier() -> None:
 
 @contextmanager
 def exchanging() -> Iterator[None]:
-    """Turns what an exchange fails with, where another process died or hangs, into LostProcess."""
+    """Turns what an exchange fails with, where another process died or hangs, into a UserError."""
     try:
         yield
     except RuntimeError as error:
-        raise LostProcess(
+        raise UserError(
             f"process {rank()} of {world_size()} lost another one ({_reason(error)}), in an "
             "exchange between processes, the first error of all of them tells why and the same "
             "command resumes"
@@ -166,13 +162,8 @@ def _export_submitit_variables() -> None:
     """Inside a submitit job: lets submitit set torchrun's variables, unless torchrun did."""
     if "SUBMITIT_EXECUTOR" not in os.environ or any(name in os.environ for name in _RANKS):
         return
-    try:
-        helpers = importlib.import_module("submitit.helpers")
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "submitit is not installed, needed inside a submitit job (SUBMITIT_EXECUTOR is set), "
-            "install it with: pip install submitit"
-        ) from error
+    purpose = "a submitit job (SUBMITIT_EXECUTOR is set)"
+    helpers = import_optional("submitit.helpers", purpose, "slurm")
     # Every rank keeps seeing all GPUs, since `init` selects by local rank, as under torchrun.
     environment = helpers.TorchDistributedEnvironment()
     environment.export(set_cuda_visible_devices=False, overwrite=True)
@@ -188,7 +179,13 @@ def _read_ranks() -> tuple[int, int, int]:
             f"{', '.join(missing)} not set though others of torchrun's variables are, "
             f"in the environment, set all of {', '.join(_RANKS + _MASTER)} or none"
         )
-    rank, local_rank, size, port = (_integer(n) for n in (*_RANKS, "MASTER_PORT"))
+    try:
+        rank, local_rank, size, port = (int(os.environ[n]) for n in (*_RANKS, "MASTER_PORT"))
+    except ValueError as error:
+        raise UserError(
+            f"RANK, LOCAL_RANK, WORLD_SIZE or MASTER_PORT is no integer ({error}), "
+            "in the environment, start with torchrun or unset them"
+        ) from error
     if not (0 <= local_rank <= rank < size and 0 < port < 65536):
         raise UserError(
             f"RANK={rank}, LOCAL_RANK={local_rank}, WORLD_SIZE={size}, MASTER_PORT={port} "
@@ -198,21 +195,10 @@ def _read_ranks() -> tuple[int, int, int]:
     return rank, local_rank, size
 
 
-def _integer(name: str) -> int:
-    try:
-        return int(os.environ[name])
-    except ValueError as error:
-        raise UserError(
-            f"{name}={os.environ[name]!r} is no integer, in the environment, "
-            "start with torchrun or unset it"
-        ) from error
-
-
 def _select_device(device: str, local_rank: int) -> torch.device:
     if device == "cpu":
         return torch.device("cpu")
-    if device != "cuda":
-        raise UserError(f"unknown device {device!r}, key `device`, right is cpu or cuda")
+    assert device == "cuda", device
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if local_rank >= count:
         raise UserError(

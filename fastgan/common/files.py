@@ -3,11 +3,10 @@
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +27,17 @@ def require_file(path: str | os.PathLike[str], purpose: str) -> Path:
     if not there:
         raise UserError(f"no such file, {found}, give the path of {purpose}")
     return found
+
+
+def read_bounded(path: str | os.PathLike[str], most: int) -> bytes:
+    """A file's content. OSError, or ValueError where it has more than `most` bytes."""
+    if not os.path.isfile(path):  # a pipe would keep us waiting
+        raise FileNotFoundError(f"{os.path.basename(path)} is no file")
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"more than {most} bytes in {os.path.basename(path)}")
+    return content
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -54,15 +64,16 @@ def replacement(path: str | os.PathLike[str]) -> Iterator[Path]:
         if target.is_dir():
             raise UserError(f"is a folder, {target}, give the path of a file")
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(PART, f".{target.name}.", target.parent)
-        os.close(handle)
+        aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}{PART}")
+        aside.touch(exist_ok=False)
+        mode = aside.stat().st_mode
     except OSError as error:
         raise UserError(
             f"cannot write ({error.strerror}), {target}, give a path in a writable folder"
         ) from error
     try:
-        yield Path(aside)
-        os.chmod(aside, 0o666 & ~_umask())
+        yield aside
+        aside.chmod(mode)  # whoever overwrote it may have made a private file of it
         os.replace(aside, target)
     except BaseException:
         os.unlink(aside)
@@ -85,17 +96,6 @@ def sync(path: str | os.PathLike[str]) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-@cache
-def _umask() -> int:
-    """The process's umask: mkstemp files are private, results should not be.
-
-    It can only be read by changing it, which other threads should not see: read once.
-    """
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from fastgan.common.errors import UserError
-from fastgan.common.files import replace_atomically
+from fastgan.common.files import parse_object, read_bounded, replace_atomically
 
 STATE = "state.json"
 Status = Literal["running", "done", "failed", "diverged", "preempted"]
@@ -36,34 +36,21 @@ def read_state(run_dir: Path) -> RunState | None:
     if not path.exists():
         return None
     try:
-        if not path.is_file():  # a pipe would keep us waiting
-            raise ValueError("no file")
-        with path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
-        if len(content) > _MOST_BYTES:
-            raise ValueError(f"more than {_MOST_BYTES} bytes")
-        return _checked(json.loads(content))
-    except (OSError, ValueError, RecursionError) as error:
+        content = parse_object(read_bounded(path, _MOST_BYTES))
+        if content.keys() != RunState.__annotations__.keys():
+            raise ValueError("other keys")
+        state = RunState(**content)
+        code = state.exit_code  # below zero: the signal that ended the process
+        right = {
+            "status": state.status in get_args(Status),
+            "nimg": type(state.nimg) is int and 0 <= state.nimg < 2**63,
+            "exit_code": code is None or (type(code) is int and -256 < code < 256),
+            "message": type(state.message) is str,
+        }
+        if not all(right.values()):
+            raise ValueError(f"impossible {', '.join(k for k, fits in right.items() if not fits)}")
+    except (OSError, ValueError) as error:
         raise UserError(
             f"damaged ({error}), {path}, one line with status, nimg, exit_code and message expected"
         ) from error
-
-
-def _checked(content: object) -> RunState:
-    if not isinstance(content, dict) or content.keys() != RunState.__annotations__.keys():
-        raise ValueError("other keys")
-    state = RunState(**content)
-    if state.status not in get_args(Status):
-        raise ValueError("unknown status")
-    if type(state.nimg) is not int or not 0 <= state.nimg < 2**63:
-        raise ValueError("nimg is no number of images")
-    if type(state.message) is not str:
-        raise ValueError("message is no text")
-    if state.exit_code is not None and not _is_exit_code(state.exit_code):
-        raise ValueError("exit_code is none of a process")
     return state
-
-
-def _is_exit_code(value: object) -> bool:
-    """Below zero: the signal that ended the process."""
-    return type(value) is int and -256 < value < 256

@@ -36,19 +36,19 @@ class Ahead(Generic[T]):
 
     So at most `workers` + 1 results are held. `work` is a pure function that several threads may
     call at a time; what it raises for k is raised where k is asked for. Any k may be asked for, but
-    only the next one is ready. `workers` 0: no threads. `end`: the first k that nobody asks for.
+    only the next one is ready. `workers` 0: no threads.
     """
 
-    def __init__(self, work: Callable[[int], T], workers: int, end: int | None = None) -> None:
-        self._work, self._workers, self._end = work, workers, end
+    def __init__(self, work: Callable[[int], T], workers: int) -> None:
+        self._work, self._workers = work, workers
         self._pool = ThreadPoolExecutor(workers, "decode") if workers else None
         self._pending: dict[int, Future[T]] = {}
 
     def __call__(self, k: int) -> T:
         if self._pool is None:
             return self._work(k)
-        wanted = [j for j in range(k, k + 1 + self._workers) if self._end is None or j < self._end]
-        for other in self._pending.keys() - wanted:
+        wanted = range(k, k + 1 + self._workers)
+        for other in self._pending.keys() - set(wanted):
             self._pending.pop(other).cancel()
         for j in wanted:
             if j not in self._pending:
@@ -61,8 +61,11 @@ class Ahead(Generic[T]):
             self._pool.shutdown(cancel_futures=True)
 
 
-class _Batches:
-    """What the two ways to a batch share; `labelled`: whether labels are wanted."""
+class Prefetched:
+    """iteration -> its images and labels on the device, decoded by `workers` threads.
+
+    `labelled`: whether labels are wanted.
+    """
 
     def __init__(
         self,
@@ -75,16 +78,7 @@ class _Batches:
     ) -> None:
         self._data, self._indices, self._device, self._workers = data, indices, device, workers
         self._labels = data.labels if labelled else None
-
-    def load(self) -> None:
-        """Does what is to be done before the first iteration."""
-
-    def close(self) -> None:
-        """Ends what runs beside the training."""
-
-
-class Prefetched(_Batches):
-    """iteration -> its images and labels on the device, decoded by `workers` threads."""
+        self._ahead = Ahead(self._read, workers)
 
     @property
     def description(self) -> str:
@@ -101,12 +95,12 @@ class Prefetched(_Batches):
         pixels, labels = self._ahead(iteration)
         return on(pixels, self._device), None if labels is None else on(labels, self._device)
 
-    def close(self) -> None:
-        self._ahead.close()
+    def load(self) -> None:
+        """Does what is to be done before the first iteration."""
 
-    @cached_property
-    def _ahead(self) -> Ahead[tuple[np.ndarray, np.ndarray | None]]:
-        return Ahead(self._read, self._workers)
+    def close(self) -> None:
+        """Ends the threads."""
+        self._ahead.close()
 
     def _read(self, iteration: int) -> tuple[np.ndarray, np.ndarray | None]:
         indices = self._indices(iteration)
@@ -114,15 +108,14 @@ class Prefetched(_Batches):
         return self._data.images(indices), labels
 
 
-class Resident(_Batches):
-    """iteration -> its images and labels out of the whole dataset on the device."""
+class Resident(Prefetched):
+    """The same out of the whole dataset on the device, which the first call, or `load`, decodes."""
 
     @property
     def description(self) -> str:
         return f"resident on {self._device}, {decoded_bytes(self._data) / 1e9:.2f} GB"
 
     def __call__(self, iteration: int) -> tuple[Tensor, Tensor | None]:
-        """As Prefetched; the first call, or `load`, decodes all images."""
         pixels, labels = self._resident
         rows = on(self._indices(iteration), self._device)
         picked = None if labels is None else labels.index_select(0, rows)
@@ -166,18 +159,17 @@ def load_pixels(data: ImageDataset, device: torch.device, workers: int) -> Tenso
     shape = (data.channels, data.resolution, data.resolution)
     pixels = torch.empty((len(data), *shape), dtype=torch.uint8, device=device)
     size = max(1, _BLOCK_BYTES // pixels[0].numel())
-    starts = range(0, len(data), size)
+    order = np.arange(len(data))
 
     def block(k: int) -> np.ndarray:
-        return data.images(np.arange(starts[k], min(starts[k] + size, len(data))))
+        return data.images(order[k * size : (k + 1) * size])
 
     look = {"desc": f"reading {data.name}", "unit": "img", "unit_scale": True, "leave": False}
     bar = tqdm(total=len(data), delay=1, disable=not distributed.is_main(), **look)
-    with bar, closing(Ahead(block, workers, end=len(starts))) as ahead:
-        for k, start in enumerate(starts):
-            images = torch.from_numpy(ahead(k))
-            pixels[start : start + len(images)].copy_(images)
-            bar.update(len(images))
+    with bar, closing(Ahead(block, workers)) as ahead:
+        for k, part in enumerate(pixels.split(size)):
+            part.copy_(torch.from_numpy(ahead(k)))
+            bar.update(len(part))
     return pixels
 
 

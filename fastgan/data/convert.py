@@ -31,13 +31,6 @@ _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 _NARROWER_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
-def to_mode(image: Image.Image, where: str, channels: int) -> Image.Image:
-    """RGB (channels 3) or grey (1); transparency is dropped. Refuses more than 8 bits a channel."""
-    if image.mode not in _NARROWER_MODES:
-        raise UserError(f"image mode {image.mode}, {where}, 8 bits per channel expected")
-    return image.convert("RGB" if channels == 3 else "L")
-
-
 def lanczos(image: Image.Image, resolution: int, where: str) -> Image.Image:
     """Resizes a square image; refuses another, whose proportions would change."""
     if image.width != image.height:
@@ -155,7 +148,10 @@ def _check_request(target: Path, how: Conversion) -> None:
 def _encode(source: ImageSource, name: str, resolution: int, how: Conversion) -> bytes:
     where = source.where(name)
     image = load_pixels(open_image(source.read(name), where), where)
-    image = TRANSFORMS[how.transform](to_mode(image, where, how.channels), resolution, where)
+    if image.mode not in _NARROWER_MODES:
+        raise UserError(f"image mode {image.mode}, {where}, 8 bits per channel expected")
+    image = image.convert("RGB" if how.channels == 3 else "L")  # transparency is dropped
+    image = TRANSFORMS[how.transform](image, resolution, where)
     # A fresh image: profiles, gamma and comments of the original are no part of a dataset. Not
     # compressed, as EDM does: inflating takes a third of the time that a small image needs to load.
     encoded = io.BytesIO()

@@ -6,7 +6,7 @@ is a class, a list of numbers a vector. Other keys are allowed and EDM's loader 
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,17 +18,6 @@ MAX_CLASSES = 1 << 20
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 # EDM zips and FFHQ deal their images out to folders 00000, 00001, ...: no classes.
 _CHUNK_FOLDER = re.compile(r"\d{5}")
-
-
-def parse_index(data: bytes, where: str) -> dict[str, Any]:
-    """The object in a dataset.json. Raises UserError unless it has the key `labels`."""
-    try:
-        index = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"malformed JSON ({error}), {where}, an object expected") from error
-    if not isinstance(index, dict) or "labels" not in index:
-        raise UserError(f"no key 'labels', {where}, a list of [name, label] or null expected")
-    return index
 
 
 def labels_from_index(entries: Any, names: Sequence[str], where: str) -> np.ndarray | None:
@@ -46,8 +35,16 @@ def labels_from_index(entries: Any, names: Sequence[str], where: str) -> np.ndar
         raise UserError(f"no label for {missing[0]!r}{others}, {where}, one per image expected")
     values = [table[name] for name in names]
     if isinstance(values[0], list):
-        return _vectors(values, names, where)
-    return _classes(values, names, where)
+        width = len(values[0])
+
+        def is_vector(v: Any) -> bool:
+            return isinstance(v, list) and len(v) == width > 0 and all(map(_is_real, v))
+
+        expected = f"{max(width, 1)} finite numbers expected as in the first label"
+        _check(values, names, where, is_vector, expected)
+        return np.array(values, np.float32)
+    _check(values, names, where, _is_class, f"a class from 0 to {MAX_CLASSES - 1} expected")
+    return np.array(values, np.int64)
 
 
 def labels_from_folders(names: Sequence[str], where: str) -> np.ndarray:
@@ -69,13 +66,6 @@ def has_class_folders(names: Sequence[str]) -> bool:
     return len(folders) >= 2 and not nested and not chunks
 
 
-def label_dim_of(labels: np.ndarray | None) -> int:
-    """0 without labels, largest class + 1, or the length of the vectors."""
-    if labels is None:
-        return 0
-    return int(labels.max()) + 1 if labels.ndim == 1 else int(labels.shape[1])
-
-
 def _table(entries: Any, where: str) -> dict[str, Any]:
     if not isinstance(entries, list):
         raise UserError(f"'labels' is no list, {where}, a list of [name, label] or null expected")
@@ -91,35 +81,20 @@ def _table(entries: Any, where: str) -> dict[str, Any]:
     return table
 
 
-def _classes(values: list[Any], names: Sequence[str], where: str) -> np.ndarray:
+def _check(
+    values: list[Any], names: Sequence[str], where: str, fits: Callable[[Any], bool], expected: str
+) -> None:
     for name, value in zip(names, values, strict=True):
-        # `type` and not isinstance: true and false are ints to Python.
-        if type(value) is not int or not 0 <= value < MAX_CLASSES:
-            raise UserError(
-                f"label {_shown(value)} of {name!r}, {where}, "
-                f"a class from 0 to {MAX_CLASSES - 1} expected"
-            )
-    return np.array(values, np.int64)
+        if not fits(value):
+            given = shown(json.dumps(value), 40)
+            raise UserError(f"label {given} of {name!r}, {where}, {expected}")
 
 
-def _vectors(values: list[Any], names: Sequence[str], where: str) -> np.ndarray:
-    width = len(values[0])
-    for name, value in zip(names, values, strict=True):
-        if not (isinstance(value, list) and len(value) == width > 0 and all(map(_is_real, value))):
-            raise UserError(
-                f"label {_shown(value)} of {name!r}, {where}, "
-                f"{max(width, 1)} finite numbers expected as in the first label"
-            )
-    return np.array(values, np.float32)
+def _is_class(value: Any) -> bool:
+    # `type` and not isinstance: true and false are ints to Python.
+    return type(value) is int and 0 <= value < MAX_CLASSES
 
 
 def _is_real(value: Any) -> bool:
     # The comparison is false for nan and holds for integers too large for a float.
     return type(value) in (int, float) and abs(value) <= _FLOAT32_MAX
-
-
-def _shown(value: Any) -> str:
-    try:
-        return shown(json.dumps(value), 40)
-    except RecursionError:
-        return "of many levels"

@@ -8,25 +8,22 @@ import hashlib
 import os
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 import numpy as np
 
 from fastgan.common.errors import UserError, shown
+from fastgan.common.files import parse_object
 from fastgan.data.decode import EXTENSIONS, check_header, dataset_shape, decode_image, open_image
 from fastgan.data.labels import (
     has_class_folders,
-    label_dim_of,
     labels_from_folders,
     labels_from_index,
-    parse_index,
 )
 
 INDEX_NAME = "dataset.json"
 MAX_ENTRY_BYTES = 1 << 26
-MAX_ENTRIES = 1 << 24
 _MAX_INDEX_BYTES = 512 << 20
 # A few kilobytes of JSON grow to many times that as Python objects, so the bound follows n.
 _MAX_INDEX_BYTES_PER_IMAGE = 64 << 10
@@ -48,10 +45,7 @@ class ImageSource(ABC):
 
     kind: str
 
-    def __init__(self, path: Path, entries: Iterable[str]) -> None:
-        entries = list(entries)
-        if len(entries) > MAX_ENTRIES:
-            raise UserError(f"{len(entries)} entries, {path}, at most {MAX_ENTRIES} expected")
+    def __init__(self, path: Path, entries: list[str]) -> None:
         self.path = path
         self.names = sorted(name for name in entries if is_image_name(name))
         if not self.names:
@@ -88,7 +82,13 @@ class ImageSource(ABC):
     def _read_index(self) -> None:
         limit = min(_MAX_INDEX_BYTES, (1 << 20) + _MAX_INDEX_BYTES_PER_IMAGE * len(self.names))
         where = self.where(INDEX_NAME)
-        index = parse_index(self.read(INDEX_NAME, limit), where)
+        content = self.read(INDEX_NAME, limit)
+        try:
+            index = parse_object(content)
+        except ValueError as error:
+            raise UserError(f"{error}, {where}, an object expected") from error
+        if "labels" not in index:
+            raise UserError(f"no key 'labels', {where}, a list of [name, label] or null expected")
         self.labels = labels_from_index(index.pop("labels"), self.names, where)
         self.metadata = {key: shown(v, 200) for key, v in index.items() if isinstance(v, str)}
 
@@ -264,7 +264,11 @@ class SourceDataset:
         self._source = source
         self.name = source.path.name
         self.labels = source.labels
-        self.label_dim = label_dim_of(source.labels)
+        self.label_dim = 0
+        if self.labels is not None:
+            self.label_dim = (
+                int(self.labels.max()) + 1 if self.labels.ndim == 1 else self.labels.shape[1]
+            )
         self.resolution, self.channels = shape_from(source, source.names[0])
         self._check_headers()
 

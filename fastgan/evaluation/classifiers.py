@@ -6,7 +6,9 @@ zeros, no parameters. Features: the 64 channels averaged over the last 8x8 pixel
 classifier. The digits' own classifier has two convolutions and is trained in seconds.
 """
 
+import os
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +20,14 @@ from fastgan.common.errors import UserError
 from fastgan.common.files import require_file
 from fastgan.common.noise import seeded
 from fastgan.data.dataset import Digits
-from fastgan.evaluation.features import Device, FromFile, Where, to_rgb
+from fastgan.evaluation.features import Device, FromFile, to_rgb
+from fastgan.evaluation.frechet import Where
 
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
 CLASSES = 10  # of the digits
-_MAX_BYTES = 1 << 20  # of the digits' classifier
+_MAX_BYTES = 1 << 24  # ResNet-56 takes 3.4 MB
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class BasicBlock(nn.Module):
@@ -75,29 +79,23 @@ class ResNet56Features(FromFile):
     dim = 64
     resize = "none (32x32 images)"
 
-    def __init__(self, weights: Where, device: Device, expected_sha256: str | None = None) -> None:
+    def __init__(self, weights: Where, device: Device) -> None:
         path = require_file(weights, "the ResNet-56 weights (.safetensors)")
-        super().__init__(path, device, expected_sha256)
-        self._net = _load(path).to(self.device)
+        super().__init__(path, device)
+        right = "right are the weights of a CIFAR-10 ResNet-56 (conv1, layer1.0.conv1 ... linear)"
+        self._net = _loaded(CifarResNet, path, "ResNet-56", right).to(self.device)
         self._mean = torch.tensor(_MEAN, device=self.device)[:, None, None]
         self._std = torch.tensor(_STD, device=self.device)[:, None, None]
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 [N, 1 or 3, 32, 32] -> [N, 64]."""
-        return self._net.features(self._normalise(images))
-
-    def predict(self, images: Tensor) -> Tensor:
-        """Most likely CIFAR-10 class (alphabetical order) of each image, int64 [N]."""
-        with torch.no_grad():
-            return self._net(self._normalise(images)).argmax(1)
-
-    def _normalise(self, images: Tensor) -> Tensor:
         if tuple(images.shape[2:]) != (32, 32):
             raise UserError(
                 f"images of {images.shape[2]}x{images.shape[3]}, given to the extractor resnet56, "
                 "right is 32x32: choose another extractor for other sizes"
             )
-        return (to_rgb(images).to(self.device).float() / 255 - self._mean) / self._std
+        x = to_rgb(images).to(self.device).float() / 255
+        return self._net.features((x - self._mean) / self._std)
 
 
 def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
@@ -105,25 +103,17 @@ def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequ
     return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
 
 
-def _load(path: Where) -> CifarResNet:
-    """The network in eval mode; built on the meta device, so that no random number is drawn."""
-    with torch.device("meta"):
-        net = CifarResNet()
+def _loaded(network: type[Network], path: Where, name: str, right: str) -> Network:
+    """The network with the weights in `path`, float32, in eval mode; UserError for other files."""
+    with torch.device("meta"):  # so that no random number is drawn
+        net = network()
     try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"not readable ({error}), file {path}, give a .safetensors file") from error
-    wanted = {k: v.shape for k, v in net.state_dict().items() if v.ndim > 0}
-    wrong = [k for k, shape in wanted.items() if k not in state or state[k].shape != shape]
-    wrong += [k for k in state if k not in net.state_dict()]
-    if wrong:
-        raise UserError(
-            f"{len(wrong)} tensors missing, surplus or misshapen (first: {wrong[0]}), file {path}, "
-            "right are the weights of a CIFAR-10 ResNet-56 (conv1, bn1, layer1.0.conv1 ... linear)"
-        )
-    # BatchNorm's counters, which evaluation does not use, are left out of published files.
-    counters = {k: torch.tensor(0) for k, v in net.state_dict().items() if v.ndim == 0}
-    net.load_state_dict({k: v.float() for k, v in state.items()} | counters, assign=True)
+        if os.path.getsize(path) > _MAX_BYTES:
+            raise ValueError(f"larger than {_MAX_BYTES} bytes")
+        # BatchNorm's counters, which published files leave out, are filled in by PyTorch.
+        net.load_state_dict({k: v.float() for k, v in load_file(path).items()}, assign=True)
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        raise UserError(f"no {name} ({error}), file {path}, {right}") from error
     return net.eval().requires_grad_(False)
 
 
@@ -182,18 +172,8 @@ def save_classifier(network: DigitClassifier, path: Path) -> None:
 
 def load_classifier(path: Where) -> DigitClassifier:
     """Reads what `save_classifier` wrote; UserError for anything else."""
-    file = Path(path)
-    network = DigitClassifier()
-    try:
-        if file.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"larger than {_MAX_BYTES} bytes")
-        network.load_state_dict(load_file(file))
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"no digit classifier ({reason}), {file}, a file of make pretrain-demo expected"
-        ) from error
-    return network.eval().requires_grad_(False)
+    right = "a file of make pretrain-demo expected"
+    return _loaded(DigitClassifier, path, "digit classifier", right)
 
 
 class ClassifierFeatures(FromFile):
@@ -203,9 +183,9 @@ class ClassifierFeatures(FromFile):
     dim = DigitClassifier.dim
     resize = "none"
 
-    def __init__(self, weights: Where, device: Device, expected_sha256: str | None = None) -> None:
+    def __init__(self, weights: Where, device: Device) -> None:
         path = require_file(weights, "the classifier's weights (.safetensors)")
-        super().__init__(path, device, expected_sha256)
+        super().__init__(path, device)
         self._net = load_classifier(path).to(self.device)
 
     def __call__(self, images: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ _MAX_PROVENANCE = 1 << 20
 _MAX_RATIO = 100
 _ACCEPTED = "an .npz with mu [D] and sigma [D, D], or with uint8 images arr_0 [N, H, W, C]"
 Where = str | os.PathLike[str]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,9 @@ class FeatureStatistics:
         self.n = 0
         self._sum = torch.zeros(dim, dtype=torch.float64, device=device)
         self._outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
-        self._reduced = False
 
     def update(self, features: Tensor) -> None:
         """Adds features [N, D]. UserError: not finite."""
-        assert not self._reduced, "update() after all_reduce() would count images twice"
         assert features.ndim == 2 and features.shape[1] == self.dim, tuple(features.shape)
         if not bool(features.isfinite().all()):
             raise UserError(
@@ -82,12 +81,10 @@ class FeatureStatistics:
 
     def all_reduce(self) -> None:
         """Sums over the processes; afterwards every process holds the statistics of all images."""
-        assert not self._reduced, "all_reduce() twice would count images twice"
         count = torch.tensor([self.n], dtype=torch.int64, device=self._sum.device)
         self.n = int(distributed.all_reduce_sum(count).item())
         distributed.all_reduce_sum(self._sum)
         distributed.all_reduce_sum(self._outer)
-        self._reduced = distributed.world_size() > 1
 
     @property
     def mean(self) -> Tensor:
@@ -163,17 +160,6 @@ def _checked(eigenvalues: Tensor, where: str) -> Tensor:
     return eigenvalues.clamp(min=0)
 
 
-@dataclass(frozen=True)
-class _Header:
-    shape: tuple[int, ...]
-    fortran: bool
-    dtype: np.dtype[Any]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
 def entries(path: Where) -> set[str]:
     """Names of the arrays in an .npz file. UserError: no such file, a pickle, no .npz."""
     with _open_npz(path) as archive:
@@ -187,8 +173,8 @@ def read_statistics(path: Where) -> Statistics:
     dimensions, damaged file.
     """
     with _open_npz(path) as archive:
-        mu = _read_floats(archive, path, "mu", ndim=1)
-        sigma = _read_floats(archive, path, "sigma", ndim=2)
+        mu = _read_floats(archive, path, "mu")
+        sigma = _read_floats(archive, path, "sigma")
         provenance = _read_provenance(archive, path)
     check_gaussian(mu, sigma, f"file {path}")
     n = provenance.pop("n", None)
@@ -209,24 +195,22 @@ def write_statistics(path: Where, statistics: Statistics) -> None:
         )
 
 
-def read_images(path: Where, batch: int) -> Iterator[torch.Tensor]:
+def read_images(path: Where, batch: int) -> Iterator[Tensor]:
     """uint8 images [k, C, H, W], k <= `batch`, streamed from the entry `arr_0` (NHWC).
 
     UserError: other types or shapes, a file that ends early.
     """
-    with _open_npz(path) as archive, _open_entry(archive, path, "arr_0") as (file, header):
-        images = header.shape[0]
-        for start in range(0, images, batch):
-            shape = (min(batch, images - start), *header.shape[1:])
-            block = _read_exactly(file, math.prod(shape), f"entry arr_0 of {path}")
-            nhwc = torch.frombuffer(bytearray(block), dtype=torch.uint8).reshape(shape)
+    with _open_npz(path) as archive, _open_entry(archive, path, "arr_0") as (file, shape, dtype):
+        for start in range(0, shape[0], batch):
+            part = (min(batch, shape[0] - start), *shape[1:])
+            nhwc = torch.from_numpy(_read(file, part, dtype, f"entry arr_0 of {path}"))
             yield nhwc.permute(0, 3, 1, 2).contiguous()
 
 
 def count_images(path: Where) -> int:
     """Number of images in the entry `arr_0`, from its header. UserError: as `read_images`."""
-    with _open_npz(path) as archive, _open_entry(archive, path, "arr_0") as (_, header):
-        return header.shape[0]
+    with _open_npz(path) as archive, _open_entry(archive, path, "arr_0") as (_, shape, _):
+        return shape[0]
 
 
 @contextmanager
@@ -254,63 +238,52 @@ def _open_npz(path: Where) -> Iterator[zipfile.ZipFile]:
 @contextmanager
 def _open_entry(
     archive: zipfile.ZipFile, path: Where, name: str
-) -> Iterator[tuple[IO[bytes], _Header]]:
-    """An entry's stream, positioned at its data, with its header checked."""
+) -> Iterator[tuple[IO[bytes], Shape, np.dtype[Any]]]:
+    """An entry's stream, positioned at its data, with its shape and type, which are checked."""
     where = f"entry {name} of {path}"
     if f"{name}.npy" not in archive.namelist():
         raise UserError(f"missing, {where}, right is {_ACCEPTED}")
     with archive.open(f"{name}.npy") as file:
-        header = _read_header(file, where)
-        _check_header(header, name, where)
-        size = os.path.getsize(path)
-        if name != "arr_0" and header.nbytes > (1 << 20) + _MAX_RATIO * size:
+        shape, dtype = _read_header(file, name, where)
+        needed, size = math.prod(shape) * dtype.itemsize, os.path.getsize(path)
+        if name != "arr_0" and needed > (1 << 20) + _MAX_RATIO * size:
             raise UserError(
-                f"{header.nbytes} bytes in a file of {size}, {where}, "
+                f"{needed} bytes in a file of {size}, {where}, "
                 f"at most {_MAX_RATIO} times as many expected"
             )
-        yield file, header
+        yield file, shape, dtype
 
 
-def _read_header(file: IO[bytes], where: str) -> _Header:
+def _read_header(file: IO[bytes], name: str, where: str) -> tuple[Shape, np.dtype[Any]]:
+    """Shape and type of an array in C order; refuses those that the entry may not have."""
     npy = np.lib.format
     try:
         version = npy.read_magic(file)
         reader = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        return _Header(*reader(file, max_header_size=4096))
+        shape, fortran, dtype = reader(file, max_header_size=4096)
     # A header is a Python literal, and what numpy's parser raises at a bad one has many kinds.
     except Exception as error:
         raise UserError(f"no readable numpy header, {where}, right is {_ACCEPTED}") from error
-
-
-def _check_header(header: _Header, name: str, where: str) -> None:
-    """Refuses types and sizes that the entry may not have."""
-    shape = list(header.shape)
     if name == "provenance":
-        good = header.dtype.kind == "U" and shape == [] and header.nbytes <= _MAX_PROVENANCE
+        good = dtype.kind == "U" and shape == () and dtype.itemsize <= _MAX_PROVENANCE
         wanted = "a JSON string of at most 1 MiB"
     elif name == "arr_0":
-        good = header.dtype == np.uint8 and len(shape) == 4 and not header.fortran
-        good = good and shape[0] > 0 and shape[1] == shape[2] > 0 and shape[3] in (1, 3)
-        good = good and shape[1] <= 4096
+        good = dtype == np.uint8 and len(shape) == 4 and 0 < shape[1] == shape[2] <= 4096
+        good = good and shape[0] > 0 and shape[3] in (1, 3)
         wanted = "uint8 [N, H, H, 1 or 3] in C order"
     else:
-        good = header.dtype in (np.float32, np.float64) and all(0 < d <= MAX_DIM for d in shape)
-        good = good and not header.fortran
-        wanted = f"float64 with 1 to {MAX_DIM} dimensions"
-    if not good:
-        found = f"{shown(str(header.dtype))} array of shape {shown(str(shape))}"
+        good = dtype in (np.float32, np.float64) and all(0 < d <= MAX_DIM for d in shape)
+        good = good and len(shape) == (1 if name == "mu" else 2)
+        wanted = f"float64 {'[D]' if name == 'mu' else '[D, D]'} with D from 1 to {MAX_DIM}"
+    if fortran or not good:
+        found = f"{shown(str(dtype))} array of shape {shown(str(list(shape)))}"
         raise UserError(f"{found}, {where}, right is {wanted}")
+    return shape, dtype
 
 
-def _read_floats(archive: zipfile.ZipFile, path: Where, name: str, ndim: int) -> torch.Tensor:
-    with _open_entry(archive, path, name) as (file, header):
-        if len(header.shape) != ndim:
-            raise UserError(
-                f"array of shape {list(header.shape)}, entry {name} of {path}, "
-                f"right is {'[D]' if ndim == 1 else '[D, D]'}"
-            )
-        data = _read_exactly(file, header.nbytes, f"entry {name} of {path}")
-    array = np.frombuffer(data, header.dtype).reshape(header.shape)
+def _read_floats(archive: zipfile.ZipFile, path: Where, name: str) -> Tensor:
+    with _open_entry(archive, path, name) as (file, shape, dtype):
+        array = _read(file, shape, dtype, f"entry {name} of {path}")
     return torch.from_numpy(array.astype(np.float64))
 
 
@@ -318,16 +291,17 @@ def _read_provenance(archive: zipfile.ZipFile, path: Where) -> dict[str, Any]:
     if "provenance.npy" not in archive.namelist():
         return {}
     where = f"entry provenance of {path}"
-    with _open_entry(archive, path, "provenance") as (file, header):
-        data = _read_exactly(file, header.nbytes, where)
+    with _open_entry(archive, path, "provenance") as (file, shape, dtype):
+        text = _read(file, shape, dtype, where)
     try:
-        return parse_object(str(np.frombuffer(data, header.dtype)[0]))
-    except (ValueError, IndexError) as error:
+        return parse_object(str(text))
+    except ValueError as error:
         raise UserError(f"{error}, {where}, remove the entry or write it again") from error
 
 
-def _read_exactly(file: IO[bytes], size: int, where: str) -> bytes:
+def _read(file: IO[bytes], shape: Shape, dtype: np.dtype[Any], where: str) -> np.ndarray:
+    size = math.prod(shape) * dtype.itemsize
     data = file.read(size)
     if len(data) != size:
         raise UserError(f"{len(data)} bytes of {size}, {where}, the file is cut off: get it again")
-    return data
+    return np.ndarray(shape, dtype, bytearray(data))

@@ -21,11 +21,12 @@ from tqdm import tqdm
 from fastgan.common import distributed
 from fastgan.common.errors import UserError
 from fastgan.common.files import file_sha256
-from fastgan.data.dataset import ImageDataset, subset_indices
-from fastgan.evaluation.features import FeatureExtractor, Where
+from fastgan.data.dataset import ImageDataset
+from fastgan.evaluation.features import FeatureExtractor
 from fastgan.evaluation.frechet import (
     FeatureStatistics,
     Statistics,
+    Where,
     count_images,
     entries,
     frechet_distance,
@@ -42,23 +43,13 @@ def dataset_statistics(
     extractor: FeatureExtractor,
     batch: int,
     *,
-    max_images: int | None = None,
-    indices: Sequence[int] | None = None,
     progress: bool = False,
 ) -> Statistics:
-    """Feature statistics of a dataset: of all images, of `indices`, or of at most `max_images`.
-
-    The subset for `max_images` is a fixed random one, since datasets may be sorted by class.
-    """
-    assert max_images is None or indices is None, "max_images and indices exclude each other"
-    source: dict[str, Any] = {"dataset": dataset.provenance()}
-    chosen = np.asarray(range(len(dataset)) if indices is None else indices, dtype=np.int64)
-    if max_images is not None:
-        chosen = subset_indices(len(dataset), max_images)
-    if len(chosen) < len(dataset):
-        source["indices"] = describe_integers(chosen.tolist())
-    batches = (torch.as_tensor(dataset.images(own)) for own in _own_share(chosen, batch))
-    return _accumulate(batches, extractor, len(chosen), source, progress)
+    """Feature statistics of a dataset's images."""
+    shares = _own_share(np.arange(len(dataset)), batch)
+    batches = (torch.as_tensor(dataset.images(own)) for own in shares)
+    source = {"dataset": dataset.provenance()}
+    return _accumulate(batches, extractor, len(dataset), source, progress)
 
 
 def generator_statistics(
@@ -104,29 +95,23 @@ def load_reference(path: Where, extractor: FeatureExtractor, batch: int = 64) ->
 
 
 def score(
-    generated: Statistics,
-    reference: Statistics,
-    extractor: FeatureExtractor,
-    *,
-    quantisation: str | None = None,
+    generated: Statistics, reference: Statistics, extractor: FeatureExtractor
 ) -> dict[str, Any]:
     """The Frechet distance with all that is needed to compare or repeat it, ready for JSON.
 
-    quantisation: how the images became uint8, by default QUANTISATION for those made from seeds and
-    null for those read from files. `rank_deficient` is true where the images are too few to
-    determine the covariance: such values depend strongly on n.
+    `quantisation` is null for images read from files. `rank_deficient` is true where the images are
+    too few to determine the covariance: such values depend strongly on n.
     """
     value = frechet_distance(
         generated.mean, generated.covariance, reference.mean, reference.covariance
     )
     seeds = generated.source.get("seeds")
-    if quantisation is None and seeds is not None:
-        quantisation = QUANTISATION
     counts = [s.n for s in (generated, reference) if s.n is not None]
     # The result names the extractor once.
-    sources = [{**s.source} for s in (generated, reference)]
-    for source in sources:
-        source.pop("extractor", None)
+    sources = [
+        {key: value for key, value in s.source.items() if key != "extractor"}
+        for s in (generated, reference)
+    ]
     return {
         "metric": metric_name(extractor.name, generated.n or 0),
         "value": value,
@@ -136,7 +121,7 @@ def score(
         "reference": {**sources[1], "n": reference.n},
         "extractor": extractor.provenance(),
         "resize": extractor.resize,
-        "quantisation": quantisation,
+        "quantisation": None if seeds is None else QUANTISATION,
         "rank_deficient": any(n <= extractor.dim for n in counts),
         "versions": versions(),
     }
@@ -153,7 +138,7 @@ def metric_name(extractor: str, n: int) -> str:
 
 
 def describe_integers(values: Sequence[int]) -> str:
-    """Seeds or indices as "0-49999" or "0-99,200,300-399"; many runs as a count and a sha256."""
+    """Seeds as "0-49999" or "0-99,200,300-399"; many runs as a count and a sha256."""
     runs: list[list[int]] = []
     for value in values:
         if runs and value == runs[-1][1] + 1:

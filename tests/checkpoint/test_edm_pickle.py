@@ -17,7 +17,6 @@ import torch
 from edm_writer import (
     GOLDEN,
     Call,
-    EasyDict,
     edm_root,
     golden_network,
     module_tree,
@@ -28,7 +27,7 @@ from edm_writer import (
 
 from fastgan.checkpoint import edm_pickle, inert_pickle
 from fastgan.checkpoint.edm_pickle import import_edm, read_edm_pickle
-from fastgan.checkpoint.edm_records import PERSISTENT, architecture, read_tensors
+from fastgan.checkpoint.edm_records import PERSISTENT, architecture
 from fastgan.checkpoint.inert_pickle import Record
 from fastgan.checkpoint.network_file import load_network_file, require_fit
 from fastgan.common.errors import UserError
@@ -63,15 +62,14 @@ def test_every_tensor_is_bit_identical_and_nothing_runs(tmp_path, name, protocol
     path = write_pickle(
         tmp_path / "net.pkl", edm_root(module_tree(config, state, source)), protocol
     )
-    found = read_edm_pickle(path)
+    found_config, found, origin = read_edm_pickle(path)
     assert not marker.exists()
-    assert found.state.keys() == state.keys()
+    assert found.keys() == state.keys()
     for key, tensor in state.items():
-        assert found.state[key].dtype == tensor.dtype
-        assert found.state[key].numpy().tobytes() == tensor.numpy().tobytes(), key
-    expected = {k: v for k, v in config.items() if k != "dropout"}
-    assert found.config == expected
-    assert (found.source_class, found.format) == (config["precond"], "edm")
+        assert found[key].dtype == tensor.dtype
+        assert found[key].numpy().tobytes() == tensor.numpy().tobytes(), key
+    assert found_config == {k: v for k, v in config.items() if k != "dropout"}
+    assert (origin["source_class"], origin["source_format"]) == (config["precond"], "edm")
     with original_modules():  # the file is live: the original way of loading it runs its text
         pickle.loads(path.read_bytes())  # noqa: TID251
     assert marker.exists()
@@ -84,10 +82,10 @@ def test_gdd_file_holds_two_networks(tmp_path):
     root = {"net": net, "ema": ema, "augment_pipe": None, "dataset_kwargs": {}}
     path = write_pickle(tmp_path / "gdd.pkl", root)
     for key, state in zip(("net", "ema"), states, strict=True):
-        found = read_edm_pickle(path, key)
-        assert (found.config["precond"], found.source_class) == ("D2OPrecond", "GDDPrecond")
-        assert (found.format, found.network) == ("d2o", key)
-        assert all(torch.equal(found.state[n], t) for n, t in state.items())
+        config, found, origin = read_edm_pickle(path, key)
+        assert (config["precond"], origin["source_class"]) == ("D2OPrecond", "GDDPrecond")
+        assert (origin["source_format"], origin["source_network"]) == ("d2o", key)
+        assert all(torch.equal(found[n], t) for n, t in state.items())
 
 
 def test_layers_without_bias_and_transient_buffers(tmp_path):
@@ -96,7 +94,7 @@ def test_layers_without_bias_and_transient_buffers(tmp_path):
     tree.model.register_parameter("map_augment", None)
     for protocol in (2, 4):
         path = write_pickle(tmp_path / "net.pkl", edm_root(tree), protocol)
-        assert "model.cache" not in read_edm_pickle(path).state
+        assert "model.cache" not in read_edm_pickle(path)[1]
 
 
 def test_numpy_scalars_and_positional_arguments(tmp_path):
@@ -105,10 +103,10 @@ def test_numpy_scalars_and_positional_arguments(tmp_path):
     tree._init_args = (kwargs.pop("img_resolution"), np.int64(kwargs.pop("img_channels")))
     kwargs.update(sigma_data=np.float64(0.25), sigma_max=float("inf"), extra_switch=True)
     for protocol in (2, 4):
-        found = read_edm_pickle(write_pickle(tmp_path / "net.pkl", edm_root(tree), protocol))
-        assert found.config == {**TINY, "sigma_data": 0.25}
-        assert type(found.config["img_channels"]) is int
-        assert found.unused_arguments == {"extra_switch": True}
+        path = write_pickle(tmp_path / "net.pkl", edm_root(tree), protocol)
+        config, _, origin = read_edm_pickle(path)
+        assert config == {**TINY, "sigma_data": 0.25} and type(config["img_channels"]) is int
+        assert origin["unused_arguments"] == {"extra_switch": True}
 
 
 @pytest.mark.parametrize("name", json.loads((GOLDEN / "edm_checkpoint_layouts.json").read_text()))
@@ -172,29 +170,12 @@ def rebuilt(offset, size, stride, values: torch.Tensor | None = None):
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
-@pytest.mark.parametrize(
-    ("offset", "size", "stride", "reason"),
-    [
-        (0, (32, 9), (9, 1), "does not fit its storage of 256 values"),
-        (1, (32, 8), (8, 1), "does not fit its storage of 256 values"),
-        (0, (1 << 20, 1 << 10), (0, 0), "more bytes than the file has"),
-        (-1, (32, 8), (8, 1), "no whole numbers"),
-        (0, (32, 8), (8,), "2 sizes with 1 strides"),
-    ],
-)
-def test_shapes_beyond_their_storage_are_refused(tmp_path, offset, size, stride, reason):
-    root = with_weight(rebuilt(offset, size, stride))
-    message = refusal(write_pickle(tmp_path / "bad.pkl", root))
-    assert "unreadable tensor model.map_layer0.weight" in message and reason in message
-
-
-@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 def test_a_view_comes_out_as_the_values_it_shows(tmp_path):
     values = torch.arange(600.0)
     root = with_weight(rebuilt(5, (32, 8), (1, 40), values))
-    found = read_edm_pickle(write_pickle(tmp_path / "net.pkl", root))
+    _, found, _ = read_edm_pickle(write_pickle(tmp_path / "net.pkl", root))
     expected = values.numpy()[5:][np.arange(32)[:, None] + 40 * np.arange(8)]
-    weight = found.state["model.map_layer0.weight"]
+    weight = found["model.map_layer0.weight"]
     assert np.array_equal(weight.numpy(), expected)
     assert weight.untyped_storage().nbytes() == weight.nbytes
 
@@ -207,16 +188,6 @@ def test_integers_and_wrong_shapes_are_refused(tmp_path):
     assert "model.map_layer0.weight: (32, 9), architecture: (32, 8)" in message
 
 
-def test_modules_that_contain_themselves_are_refused(tmp_path):
-    tree = tiny_tree()
-    tree.model.enc._modules["again"] = tree.model.enc
-    assert "contains itself" in refusal(write_pickle(tmp_path / "bad.pkl", edm_root(tree)))
-    record = Record("torch.nn.modules.Loop", (), None)
-    record.state = {"_parameters": {}, "_buffers": {}, "_modules": {"a": record}}
-    with pytest.raises(ValueError, match="contains itself"):
-        read_tensors(record, 100, "here")
-
-
 @pytest.mark.parametrize("name", ["VPPrecond", "Discriminator"])
 def test_other_classes_are_refused_by_name(tmp_path, name):
     root = edm_root(module_tree({**TINY, "precond": name}, {"model.w": torch.ones(1)}))
@@ -225,20 +196,13 @@ def test_other_classes_are_refused_by_name(tmp_path, name):
 
 def test_edm2_is_told_apart(tmp_path):
     network = module_tree({**TINY, "precond": "Precond"}, {"model.w": torch.ones(1)})
-    path = tmp_path / "edm2.pkl"
-    rest = EasyDict(dataset_kwargs={}, loss_fn=None, ema=network)
-    assert "EDM2" in refusal(write_pickle(path, EasyDict(encoder=None) | rest))
+    root = edm_root(network)
+    message = refusal(write_pickle(tmp_path / "edm2.pkl", root))
+    assert "'ema' is of class Precond" in message and "EDM2 is not supported" in message
     # The encoder of the latent models holds arrays, a global that EDM's files do not need.
-    encoder = new_module("StabilityVAEEncoder")
-    encoder.scale = np.ones(4, np.float32)
-    assert "EDM2" in refusal(write_pickle(path, EasyDict(encoder=encoder) | rest))
-    assert "EDM2" in refusal(write_pickle(path, edm_root(network)))
-
-
-def test_bytes_after_the_end_are_refused(tmp_path):
-    path = write_pickle(tmp_path / "net.pkl", edm_root(tiny_tree()))
-    path.write_bytes(path.read_bytes() + b"more")
-    assert "4 bytes after the pickle's end" in refusal(path)
+    root["encoder"] = new_module("StabilityVAEEncoder")
+    root["encoder"].scale = np.ones(4, np.float32)
+    assert "EDM2 is not supported" in refusal(write_pickle(tmp_path / "edm2.pkl", root))
 
 
 def test_missing_network_names_what_is_there(tmp_path):
@@ -270,9 +234,9 @@ def test_import_writes_a_network_file_with_its_origin(tmp_path):
     destination = tmp_path / "tiny.safetensors"
     said = import_edm(source, destination)
     file = load_network_file(destination)
-    expected = read_edm_pickle(source)
+    _, expected, _ = read_edm_pickle(source)
     assert file.config == TINY
-    assert all(torch.equal(file.state[k], v) for k, v in expected.state.items())
+    assert all(torch.equal(file.state[k], v) for k, v in expected.items())
     assert file.metadata["license"] == "CC-BY-NC-SA-4.0"
     assert file.metadata["base_model"] == "edm-tiny"
     digest = hashlib.sha256(source.read_bytes()).hexdigest()

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from fastgan.checkpoint.network_file import (
     load_network_file,
     network_from_file,
-    require_fit,
     save_network,
 )
 from fastgan.common.errors import UserError
@@ -87,14 +86,6 @@ def test_a_loaded_network_computes_the_golden_output(tmp_path, name):
     assert (out - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def test_half_precision_is_loaded_into_float32(tmp_path):
-    config, state = golden_network("ddpmpp_cond_edm")
-    path = tmp_path / "net.safetensors"
-    save_network(path, config, {k: v.half() for k, v in state.items()}, kind="generator")
-    network = network_from_file(path)
-    assert {p.dtype for p in network.state_dict().values()} == {torch.float32}
-
-
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -142,12 +133,6 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
     message = str(caught.value)
     assert f"{first}: (2, 2)" in message and f"{second}: missing" in message
     assert "extra: (1,), architecture: none" in message and str(path) in message
-
-
-@pytest.mark.parametrize("config", [{}, {"precond": "EDMPrecond", "model_type": "X"}])
-def test_configs_without_a_network_are_one_line(config):
-    with pytest.raises(UserError, match="here"):
-        require_fit(config, {}, "here")
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):

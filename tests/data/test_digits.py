@@ -5,7 +5,6 @@ from typing import Literal, get_args
 
 import numpy as np
 import pytest
-from sklearn.datasets import load_digits
 
 from fastgan.data import open_dataset
 from fastgan.data.dataset import Digits, Split
@@ -46,31 +45,6 @@ def test_content(splits: dict[str, Digits], split: Literal["train", "val", "test
     parts = digits.all_images, labels(digits)
     found = tuple(hashlib.sha256(part.tobytes()).hexdigest() for part in parts)
     assert found == CONTENT[split]
-
-
-def test_the_splits_share_no_image_and_leave_none_out(splits: dict[str, Digits]) -> None:
-    source = load_digits()
-    assert len(source.images) == sum(SIZES.values())
-    pixels = np.concatenate([s.all_images for s in splits.values()]).reshape(1797, -1)
-    classes = np.concatenate([labels(s) for s in splits.values()])
-    # No two of scikit-learn's digits are the same picture, so that a picture names an image.
-    assert len(np.unique(pixels, axis=0)) == len(np.unique(source.data, axis=0)) == 1797
-    assert np.bincount(classes).tolist() == np.bincount(source.target).tolist()
-
-
-def test_classes_are_balanced(splits: dict[str, Digits]) -> None:
-    whole = np.bincount(load_digits().target) / 1797
-    for digits in splits.values():
-        assert np.abs(np.bincount(labels(digits)) / len(digits) - whole).max() < 0.005
-
-
-def test_an_image_is_its_source_enlarged(splits: dict[str, Digits]) -> None:
-    source = load_digits()
-    shrunk = splits["val"].all_images[:50].reshape(50, 8, 2, 8, 2).mean((2, 4)).reshape(50, -1)
-    distances = ((shrunk[:, None] / 255 - source.data[None] / 16) ** 2).mean(-1)
-    nearest = distances.argmin(1)
-    assert (source.target[nearest] == labels(splits["val"])[:50]).all()
-    assert len(set(nearest)) == 50 and distances.min(1).max() < 0.01
 
 
 def test_the_names_open_them(splits: dict[str, Digits]) -> None:

@@ -1,7 +1,6 @@
 """Folders: EDM's layout unpacked, class folders, links, unreadable things."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -75,12 +74,6 @@ def test_links(tmp_path: Path, target: str, said: str) -> None:
     assert len(open_dataset(tmp_path / "alias")) == 3
     (tmp_path / "set/link").symlink_to(target)
     assert f"{said}, link 'link'" in refusal(tmp_path / "set")
-
-
-def test_a_pipe_named_like_an_image_does_not_hang(tmp_path: Path) -> None:
-    put(tmp_path, "a.png")
-    os.mkfifo(tmp_path / "b.png")
-    assert len(open_dataset(tmp_path)) == 1
 
 
 def test_empty_folder_and_vanished_image(tmp_path: Path) -> None:

@@ -91,21 +91,6 @@ def test_bad_labels_name_the_image(tmp_path: Path, labels: Any, said: str) -> No
     assert said in message and "entry 'dataset.json' of zip" in message and "expected" in message
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("{", "malformed JSON"),
-        ("[" * 200_000, "malformed JSON"),
-        ('{"classes": []}', "no key 'labels'"),
-    ],
-)
-def test_bad_json(tmp_path: Path, text: str, said: str) -> None:
-    path = write_zip(
-        tmp_path / "x.zip", {"a.png": encoded(COLOUR[0]), "dataset.json": text.encode()}
-    )
-    assert said in refusal(path)
-
-
 def test_null_labels_and_recorded_metadata(tmp_path: Path) -> None:
     index = {"labels": None, "resampling": "lanczos to 8", "source": "s", "other": [1]}
     entries = {"a.png": encoded(COLOUR[0]), "dataset.json": json.dumps(index).encode()}
@@ -138,22 +123,16 @@ ODD_IMAGES = [
 
 
 @pytest.mark.parametrize(("data", "said"), ODD_IMAGES)
-def test_an_unfit_image_among_sound_ones_is_named_on_opening(
-    tmp_path: Path, data: bytes, said: str
-) -> None:
-    entries = {"a.png": encoded(COLOUR[0]), "b.png": data, "c.png": encoded(COLOUR[1])}
-    message = refusal(write_zip(tmp_path / "x.zip", entries))
-    assert said in message and "entry 'b.png' of zip" in message and "expected" in message
-
-
-@pytest.mark.parametrize(("data", "said"), [o for o in ODD_IMAGES if "4 x 4" not in o[1]])
-def test_an_unfit_first_image_is_named_on_opening(tmp_path: Path, data: bytes, said: str) -> None:
-    message = refusal(write_zip(tmp_path / "x.zip", {"a.png": data, "b.png": encoded(COLOUR[0])}))
-    assert (
-        "entry 'b.png'" in message
-        if said == "image mode L"
-        else f"{said}, entry 'a.png'" in message
+def test_an_unfit_image_is_named_on_opening(tmp_path: Path, data: bytes, said: str) -> None:
+    sound = encoded(COLOUR[0])
+    message = refusal(
+        write_zip(tmp_path / "x.zip", {"a.png": sound, "b.png": data, "c.png": sound})
     )
+    assert f"{said}, entry 'b.png' of zip" in message and "expected" in message
+    # As the first one: a grey or smaller image would set the mode or size of all.
+    if said not in ("image of 4 x 4", "image mode L"):
+        message = refusal(write_zip(tmp_path / "y.zip", {"a.png": data, "b.png": sound}))
+        assert f"{said}, entry 'a.png'" in message
 
 
 @pytest.mark.parametrize("position", range(0, 200, 29))
@@ -165,13 +144,6 @@ def test_a_damaged_png_is_found_when_it_is_read(tmp_path: Path, position: int) -
     (tmp_path / "b.png").write_bytes(data)
     with pytest.raises(UserError, match=r"entry 'b\.png' of folder"):
         open_dataset(tmp_path).images(np.array([0, 1]))
-
-
-def test_an_enormous_picture_is_refused_by_its_header(tmp_path: Path) -> None:
-    data = bytearray(encoded(COLOUR[0]))
-    data[16:24] = (60_000).to_bytes(4, "big") * 2
-    message = refusal(write_zip(tmp_path / "x.zip", {"a.png": bytes(data)}))
-    assert "image of 60000 x 60000, entry 'a.png'" in message
 
 
 def test_a_subset_is_fixed_nested_and_keeps_label_dim(tmp_path: Path) -> None:

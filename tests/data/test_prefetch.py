@@ -6,16 +6,12 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from fastgan.common.errors import UserError
-from fastgan.data import open_dataset
-from fastgan.data.batches import Ahead, Prefetched
-from tests.data.test_resident import CPU, PIXELS, image_zip
+from fastgan.data.batches import Ahead
 
 
 def decoding_threads() -> int:
@@ -53,15 +49,6 @@ def test_in_order_everything_is_made_once() -> None:
     assert set(work.asked.values()) == {1}
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_any_order(workers: int) -> None:
-    work = Work()
-    ahead = Ahead(work, workers)
-    for k in (0, 1, 2, 3, 9, 9, 8, 2, 3, 100, 0):
-        assert ahead(k) == 10 * k
-    ahead.close()
-
-
 @pytest.mark.parametrize("workers", [0, 1, 4])
 def test_as_many_as_there_are_workers_are_made_ahead(workers: int) -> None:
     work = Work()
@@ -71,15 +58,6 @@ def test_as_many_as_there_are_workers_are_made_ahead(workers: int) -> None:
     time.sleep(0.05)  # and no more than that
     assert sorted(work.asked) == list(range(5, 6 + workers))
     ahead.close()
-
-
-def test_the_end() -> None:
-    work = Work()
-    ahead = Ahead(work, 4, end=6)
-    assert [ahead(k) for k in range(6)] == [0, 10, 20, 30, 40, 50]
-    time.sleep(0.05)  # were there more to do, it would be done now
-    ahead.close()
-    assert set(work.asked) == set(range(6))
 
 
 def test_what_was_handed_over_is_not_kept() -> None:
@@ -132,15 +110,3 @@ def test_what_is_no_longer_wanted_is_not_made() -> None:
     assert ahead(51) == 510
     ahead.close()
     assert set(work.asked) - {52} == {0, 1, 50, 51}
-
-
-def test_many_threads_read_one_zip(tmp_path: Path) -> None:
-    data = open_dataset(image_zip(tmp_path / "x.zip", None))
-    draw = np.random.default_rng(0)
-    rows = [draw.integers(0, 10, 32) for _ in range(60)]
-    batches = Prefetched(data, lambda k: rows[k % 60], CPU, workers=8, labelled=False)
-    for k in range(60):
-        pixels, labels = batches(k)
-        assert labels is None and pixels.dtype == torch.uint8
-        assert np.array_equal(pixels.numpy(), PIXELS[rows[k]].transpose(0, 3, 1, 2))
-    batches.close()

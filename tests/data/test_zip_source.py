@@ -3,7 +3,6 @@
 import os
 import pickle
 import struct
-import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -83,20 +82,6 @@ def test_what_is_refused_on_opening(
 ) -> None:
     change(tmp_path / "x.zip")
     assert said in refusal(tmp_path / "x.zip")
-
-
-def test_a_deflate_bomb_costs_no_memory(tmp_path: Path) -> None:
-    path = tmp_path / "x.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a.png", encoded(PIXELS[0]))
-        archive.writestr("b.png", encoded(PIXELS[1]) + bytes(40_000_000))
-    assert path.stat().st_size < 100_000
-    tracemalloc.start()
-    message = refusal(path)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert "bytes, entry 'b.png'" in message and "at most 1050112 expected" in message
-    assert peak < 4_000_000
 
 
 def test_what_is_no_image_is_ignored(tmp_path: Path) -> None:

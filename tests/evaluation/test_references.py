@@ -1,8 +1,6 @@
 """Statistics files: EDM's format both ways, and files that lie; more of those in tests/hostile."""
 
 import json
-import struct
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +23,6 @@ def _statistics(dim: int = 5) -> Statistics:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(50, dim, generator=generator, dtype=torch.float64)
     return Statistics(features.mean(0), torch.cov(features.T), 50, {"dataset": {"name": "x"}})
-
-
-def _write_member(path: Path, name: str, header: str, data: bytes) -> None:
-    """An .npz with one hand-made .npy member."""
-    text = header.encode().ljust(118) + b"\n"
-    member = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + data
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(f"{name}.npy", member)
 
 
 def test_round_trip_and_edm_reader(tmp_path: Path) -> None:
@@ -80,6 +70,7 @@ def test_images_are_streamed_in_order(tmp_path: Path) -> None:
         ({"mu": np.zeros(9000), "sigma": np.eye(3)}, "entry mu of .* 1 to 8192"),
         ({"mu": np.zeros(1), "sigma": np.eye(1), "provenance": np.array("[1]")}, "no JSON object"),
         ({"mu": np.zeros(1), "sigma": np.eye(1), "provenance": np.zeros(2)}, "entry provenance"),
+        ({"mu": np.array([open], dtype=object), "sigma": np.eye(1)}, "object array .* entry mu"),
     ],
 )
 def test_wrong_statistics(tmp_path: Path, arrays: dict, message: str) -> None:
@@ -89,52 +80,11 @@ def test_wrong_statistics(tmp_path: Path, arrays: dict, message: str) -> None:
     assert "\n" not in str(caught.value) and "bad.npz" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "images",
-    [np.zeros((2, 4, 4, 3), np.float32), np.zeros((2, 4, 5, 3), np.uint8)],
-)
-def test_wrong_images(tmp_path: Path, images: np.ndarray) -> None:
-    np.savez(tmp_path / "bad.npz", arr_0=images)
-    with pytest.raises(UserError, match=r"entry arr_0 of .*bad\.npz"):
-        next(read_images(tmp_path / "bad.npz", 2))
-
-
-def test_pickled_object_array_is_not_executed(tmp_path: Path) -> None:
-    marker = tmp_path / "executed"
-
-    class Bomb:
-        def __reduce__(self):
-            return (Path.touch, (marker,))
-
-    np.savez(tmp_path / "bomb.npz", mu=np.array([Bomb()], dtype=object), sigma=np.eye(1))
-    with pytest.raises(UserError, match=r"object array .* entry mu"):
-        read_statistics(tmp_path / "bomb.npz")
-    assert not marker.exists()
-
-
 @pytest.mark.parametrize("name", ["edm2.pkl", "disguised.npz"])
 def test_pickles_are_refused_with_advice(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\x80\x04}q\x00.")
     with pytest.raises(UserError, match=r"never opened.*'fid'.*numpy\.savez"):
         read_statistics(tmp_path / name)
-
-
-def test_declared_sizes_are_checked_before_memory_is_taken(tmp_path: Path) -> None:
-    path = tmp_path / "huge.npz"
-    for header, message in {
-        "{'descr': '<f8', 'fortran_order': False, 'shape': (10000000000000,)}": "1 to 8192",
-        "{'descr': '<f8', 'fortran_order': False, 'shape': (8,)}": "60 bytes of 64, entry mu",
-        "__import__('os').getcwd()": "no readable numpy header, entry mu",
-    }.items():
-        _write_member(path, "mu", header, b"\0" * 60)
-        with pytest.raises(UserError, match=message):
-            read_statistics(path)
-    images = "{'descr': '|u1', 'fortran_order': False, 'shape': (9999999999, 4, 4, 3)}"
-    _write_member(path, "arr_0", images, b"\0" * 96)
-    batches = read_images(path, 2)
-    assert next(batches).shape == (2, 3, 4, 4)
-    with pytest.raises(UserError, match="cut off"):
-        next(batches)
 
 
 def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

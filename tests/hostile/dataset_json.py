@@ -63,25 +63,16 @@ def _with_label(raw: str) -> bytes:
 def _sizes() -> list[Case]:
     whole = json.dumps(INDEX)
     more = [[f"{i}.jpg", i] for i in range(30_000)]
-    keys = "{" + ",".join(f'"{i}": {i}' for i in range(80_000)) + ', "labels": null}'
     large = {
         "spaces behind": (whole + " " * 2_000_000).encode(),
-        "spaces in front": (" " * 2_000_000 + whole).encode(),
         "too many lists": b'{"labels": null, "x": [' + b"[]," * 600_000 + b"[]]}",
     }
     harmless = {
         "labels of 30,000 other images": _dumped({"labels": [*LABELS, *more]}),
-        "many keys": keys.encode(), "UTF-16": whole.encode("utf-16"),
         "many lists": b'{"labels": null, "x": [' + b"[]," * 300_000 + b"[]]}",
-        "labels twice": (whole[:-1] + ', "labels": null}').encode(), "vectors": _dumped(VECTORS),
-        "UTF-32": whole.encode("utf-32"), "null": b'{"labels": null}',
+        "UTF-16": whole.encode("utf-16"), "vectors": _dumped(VECTORS), "null": b'{"labels": null}',
     }  # fmt: skip
-    mark = {"a byte order mark": whole.encode("utf-8-sig")}
-    return [
-        *listed("size", large),
-        *listed("encoding", harmless, "valid"),
-        *listed("encoding", mark, None),
-    ]
+    return [*listed("size", large), *listed("encoding", harmless, "valid")]
 
 
 def cases() -> list[Case]:

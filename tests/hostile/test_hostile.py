@@ -1,9 +1,5 @@
 """Every parser on hostile files, the commands on a few of them, and the harness itself."""
 
-import os
-import runpy
-import sys
-import zipfile
 from collections import Counter
 from functools import cache
 from importlib import import_module
@@ -13,9 +9,7 @@ import pytest
 
 from tests.command_line import CommandLine, network_file
 from tests.hostile.bad_parser import MISDEEDS
-from tests.hostile.damage import damaged
 from tests.hostile.harness import PARSERS, ROOT, Case, contents, run_apart
-from tests.hostile.zips import Entry, archive
 
 IMPORT = ROOT / "tools" / "import_edm.py"
 # All of them in one process: its start takes as long as the cases.
@@ -47,27 +41,6 @@ def test_every_misdeed_is_noticed() -> None:
 def test_a_process_that_dies_is_told() -> None:
     with pytest.raises(AssertionError, match="died after nothing"):
         run_apart("absent_parser")
-
-
-def test_damage_is_the_same_every_time_and_all_different() -> None:
-    valid = bytes(range(256)) * 4
-    cases = damaged(valid, seed=1, hot=[(0, 16)])
-    assert cases == damaged(valid, seed=1, hot=[(0, 16)])
-    found = {case.content for case in cases}
-    assert len(found) == len(cases) > 230 and all(isinstance(content, bytes) for content in found)
-    flips = [bytes(case.content) for case in cases if case.kind == "flip"]  # type: ignore[arg-type]
-    assert len(flips) > 100 and all(len(content) == len(valid) for content in flips)
-    assert sum(content[:16] != valid[:16] for content in flips) > len(flips) / 3
-    assert sum(case.kind == "cut" for case in cases) > 50
-
-
-def test_the_archives_are_archives(tmp_path: Path) -> None:
-    """What is not changed is right: other readers agree."""
-    path = tmp_path / "x.zip"
-    path.write_bytes(archive([Entry(b"a", b"one" * 99, 8), Entry(b"b", b"two")]))
-    with zipfile.ZipFile(path) as opened:
-        assert opened.testzip() is None
-        assert [opened.read(name) for name in "ab"] == [b"one" * 99, b"two"]
 
 
 @cache  # the cases are made where they are used, not when tests are collected
@@ -123,17 +96,3 @@ def test_a_command_refuses_it_in_one_line(
         if verb == "train":
             assert len(lines) == 1 and str(folder) in lines[0], ended
             assert parser == "config_yaml" or not ended.out, ended
-
-
-def test_the_importer_refuses_it_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for case in few_refused("edm_pickle"):
-        source = put(tmp_path / "edm.pkl", case)
-        monkeypatch.setattr(sys, "argv", [str(IMPORT), str(source), str(tmp_path / "out")])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(IMPORT), run_name="__main__")
-        out, err = capsys.readouterr()
-        assert end.value.code == 1 and not out and err.startswith("error: ")
-        assert err.count("\n") == 1 and err.rstrip("\n").isprintable() and "edm.pkl" in err
-        assert os.listdir(tmp_path) == ["edm.pkl"]
