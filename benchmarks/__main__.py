@@ -21,19 +21,16 @@ from benchmarks.ops import OPS
 
 def main(words: list[str]) -> int:
     """The exit status: 1 where something failed."""
-    chosen = words[:1] if words and words[0] in OPS else list(OPS)
     failed = False
-    for op in chosen:
-        for row in rows(OPS[op], [word for word in words if word not in OPS]):
+    for name in words[:1] if words and words[0] in OPS else OPS:
+        for row in rows(OPS[name], [word for word in words if word not in OPS]):
             about = " ".join(row[key] for key in ("op", "network", "shape", "candidate"))
-            if "failed" in row:
-                failed, text = True, row["failed"]
-            elif ON_GPU:
+            text = row.get("failed") or "right; a CPU measures no speed"
+            if ON_GPU and "seconds" in row:
                 spent = row["seconds"]["median"]
                 text = f"{1e6 * spent:.1f} us, {row['floor_seconds'] / spent:.0%} of the floor"
-            else:
-                text = "right; a CPU measures no speed"
             print(f"{about} {row.get('direction', '')}: {text}", flush=True)
+            failed |= "failed" in row
     return int(failed)
 
 

@@ -207,25 +207,25 @@ def rows(op: Op, words: Iterable[str] = ()) -> Iterator[measure.Content]:
     torch.backends.cudnn.benchmark = True
     copied, multiplied = (f()["median"] for f in (measure.copy_bandwidth, measure.product_rate))
     for case in published(op.name) if ON_GPU else tiny(published(op.name)):
-        names = [n for n in (*REQUIRED, *op.others)
-                 if all(word in f"{op.name}-{case}-{n}" for word in words)]  # fmt: skip
+        chosen = [n for n in (*REQUIRED, *op.others)
+                  if all(word in f"{op.name}-{case}-{n}" for word in words)]  # fmt: skip
         with measure.one_stream():
-            right = truth(op, case) if names else None
-        for name in names:
+            right = truth(op, case) if chosen else None
+        for candidate in chosen:
             about = {"op": op.name, "network": case.network.name, "shape": str(case.shape)}
-            about |= {n: getattr(case, n) for n in ("count", "channels", "pixels", "batch")}
-            about |= {"candidate": name}
+            about |= {key: getattr(case, key) for key in ("count", "channels", "pixels", "batch")}
+            about |= {"candidate": candidate}
             try:
                 with measure.one_stream():
-                    found = _measured(op, case, name, right)
+                    found = _measured(op, case, candidate, right)
             except Exception as error:
                 traceback.print_exc()
-                yield about | {"failed": f"{type(error).__name__}: {error}".partition("\n")[0]}
-                continue
-            for direction, times in found.items():
-                moved, flop = op.floor(case, direction)
-                floor = max(moved / copied, flop / multiplied)
-                yield about | {"direction": direction, "floor_seconds": floor} | times
+                found = [{"failed": f"{type(error).__name__}: {error}".partition("\n")[0]}]
+            for row in found:
+                if "failed" not in row:
+                    moved, flop = op.floor(case, row["direction"])
+                    row["floor_seconds"] = max(moved / copied, flop / multiplied)
+                yield about | row
 
 
 def truth(op: Op, case: Case) -> tuple[Inputs, Inputs]:
@@ -236,8 +236,8 @@ def truth(op: Op, case: Case) -> tuple[Inputs, Inputs]:
     return plain, results(partial(op.call, op.exact, case), double)
 
 
-def _measured(op: Op, case: Case, candidate: str, right: Any) -> dict[str, measure.Content]:
-    """Seconds by direction, and bytes kept; AssertionError where it is not accurate."""
+def _measured(op: Op, case: Case, candidate: str, right: Any) -> list[measure.Content]:
+    """Seconds of both directions, and bytes kept; AssertionError where it is not accurate."""
     # The tests' yardstick of accuracy is the benchmarks' too.
     sys.path.append(str(Path(__file__).resolve().parent.parent / "tests/kernels"))
     from oracle import assert_as_accurate
@@ -247,10 +247,8 @@ def _measured(op: Op, case: Case, candidate: str, right: Any) -> dict[str, measu
     inputs = make(op, case)
     # x, which is there before, is counted too.
     kept = measure.kept_bytes(lambda: function(inputs), inputs["x"].nbytes)
-    return {
-        direction: {
-            "kept_bytes": kept,
-            "seconds": measure.samples(measure.per_call(calls(function, inputs, direction))),
-        }
-        for direction in DIRECTIONS
-    }
+    found = []
+    for direction in DIRECTIONS:
+        seconds = measure.samples(measure.per_call(calls(function, inputs, direction)))
+        found.append({"direction": direction, "kept_bytes": kept, "seconds": seconds})
+    return found

@@ -8,8 +8,8 @@ its own output. All work is on one stream, because backward runs where forward r
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from functools import cache
 from itertools import pairwise
@@ -65,15 +65,11 @@ def _stream() -> Any:
     return torch.cuda.Stream()
 
 
-@contextmanager
-def one_stream() -> Iterator[None]:
+def one_stream() -> AbstractContextManager[Any]:
     """Inside, all work of a GPU is on the stream that graphs are captured on."""
-    if not ON_GPU:
-        yield
-        return
-    _stream().wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(_stream()):
-        yield
+    if ON_GPU:
+        _stream().wait_stream(torch.cuda.current_stream())
+    return torch.cuda.stream(_stream() if ON_GPU else None)
 
 
 def _replay(calls: Sequence[Call]) -> Call:

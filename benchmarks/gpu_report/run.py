@@ -30,6 +30,7 @@ DRY = {
     "CUDA_VISIBLE_DEVICES": "",
     "TRITON_INTERPRET": "1",
     "TORCH_COMPILE_OVERRIDE_BACKENDS": ">=0:eager",
+    "OMP_NUM_THREADS": "1",
 }
 
 

@@ -58,11 +58,11 @@ ROWS: Variants = {
     "shared": ("share_fakes=true",),
 }
 # On a CPU the others take minutes and differ by nothing.
-DRY_VARIANTS, DRY_ROWS = ("plain-published", "fast-bf16"), ("published", "precision")
+DRY_VARIANTS, DRY_ROWS = ("plain-published", "fast-bf16"), ("published", "graphs")
 PICTURES, FEW_PICTURES = 4096, 16
-# In a turn: iterations without the clock, and with it as many as threads decode, which come in step
-# with each other; then one with R1.
-ROUNDS, UNTIMED, TIMED = 3, 2, 4
+# Rounds, and in a turn iterations without the clock, and with it as many as threads decode, which
+# come in step with each other; then one with R1.
+PACE, DRY_PACE = (4, 2, 4), (1, 0, 1)
 # A step with two backbones compiles one function four times, PyTorch refuses the ninth time.
 GRAPHS = 64
 
@@ -101,7 +101,7 @@ def measure(place: Place, variants: Variants, beside: int) -> Content:
     rate = None if place.tiny else product_rate()["median"]
     content: Content = {"matmul_rate": rate, "variants": {}, "rounds": []}
     start, living = take_settings(), dict[str, Running]()
-    together, rounds = beside == len(variants), 1 if place.tiny else ROUNDS
+    together, (rounds, *_) = beside == len(variants), DRY_PACE if place.tiny else PACE
     with ExitStack() as stack:
         for name, overrides in variants.items():
             noted: Content = {"error": None, "facts": None}
@@ -124,12 +124,11 @@ def measure(place: Place, variants: Variants, beside: int) -> Content:
                 finally:
                     restore_settings(start)
                     _free()
-            # Of all together first what is known of each, if time ends before the rounds.
-            if together:
-                _round(living, [name], content, place)
-            for index in range(0 if together else rounds):
-                _round(living, _from(index, living), content, place)
-        for index in range(rounds if together else 0):
+            # Of all together one turn each, if time ends before they take turns.
+            for index in range(1 if together else rounds):
+                names = [name] if together else _from(index, living)
+                _round(living, names, content, place)
+        for index in range(1, rounds if together else 0):
             _round(living, _from(index, living), content, place)
     return described(content)
 
@@ -146,7 +145,8 @@ def _round(living: "dict[str, Running]", names: list[str], content: Content, pla
     for name in names:
         try:
             if name in living:
-                found[name] = living[name].turn(len(content["rounds"]))
+                pace = DRY_PACE if place.tiny else PACE
+                found[name] = living[name].turn(len(content["rounds"]), *pace[1:])
         except Exception as error:
             content["variants"][name]["error"] = _line(error)
             del living[name]
@@ -178,18 +178,18 @@ class Running:
         for iteration in range(first, first + count):
             self.live.step.run(*self.draw(), iteration)
 
-    def turn(self, index: int) -> Content:
+    def turn(self, index: int, untimed: int, clocked: int) -> Content:
         """Seconds of an iteration and of one with R1, with this variant's settings. What was
         decoded while the others ran is not used."""
         self._drawn += self.live.config.data.workers + 1
         before, r1 = take_settings(), (3 + index) * self.interval
         restore_settings(self.settings)
         try:
-            self.run(r1 - TIMED - UNTIMED, UNTIMED)
-            taken = timed([partial(self.run, r1 - TIMED, TIMED), partial(self.run, r1)])
+            self.run(r1 - clocked - untimed, untimed)
+            taken = timed([partial(self.run, r1 - clocked, clocked), partial(self.run, r1)])
         finally:
             restore_settings(before)
-        return {"iteration": taken[0] / TIMED, "r1": taken[1]}
+        return {"iteration": taken[0] / clocked, "r1": taken[1]}
 
 
 def build(config: cfg.TrainConfig, stack: ExitStack) -> tuple[Running, Content]:

@@ -150,7 +150,7 @@ def test_a_variant_that_fails_costs_no_other(
         built.append((config.name, config.batch))
         if plan[config.name]:
             raise plan[config.name].pop(0)
-        return SimpleNamespace(turn=lambda index: one(0.1, 0.2)), facts(config.batch)
+        return SimpleNamespace(turn=lambda *pace: one(0.1, 0.2)), facts(config.batch)
 
     def config_of(place: Place, overrides: tuple[str], divisor: int) -> Any:
         return SimpleNamespace(name=overrides[0], batch=64 // divisor)
@@ -184,7 +184,7 @@ def test_batches_follow_one_another_while_iterations_jump(monkeypatch: pytest.Mo
     )
     before = steps.take_settings()
     monkeypatch.setattr(steps, "timed", timed)
-    taken = steps.Running(live, before | {"kernels": "reference"}).turn(1)
+    taken = steps.Running(live, before | {"kernels": "reference"}).turn(1, 2, 4)
     assert taken == {"iteration": 1.0, "r1": 4.0}, "the mean of four"
     assert iterations == list(range(58, 65)), "the last one, 4 x 16, has R1"
     # What four threads had decoded meanwhile is not used.
