@@ -162,7 +162,6 @@ def rates(place: Place) -> Content:
     found = {"copy_bandwidth": copy_bandwidth(), "matmul_rate": product_rate()}
     found["float32_rate"] = product_rate(torch.float32)
     content: Content = {name: each["median"] for name, each in found.items()}
-    content["matmul_rates"] = {"bf16": content["matmul_rate"], "fp32": content["float32_rate"]}
     content["samples"], content["table"] = found, {name: {"rate": content[name]} for name in found}
     place.note(content)
     flop, spent = 0, Counter[str]()

@@ -156,6 +156,7 @@ def test_a_variant_that_fails_costs_no_other(
         return SimpleNamespace(name=overrides[0], batch=64 // divisor)
 
     monkeypatch.setattr(steps, "build", build)
+    monkeypatch.setattr(steps, "_free", lambda: None)
     monkeypatch.setattr(steps, "config_of", config_of)
     place = Place(tmp_path, "steps/x", True)
     content = steps.measure(place, {name: (name,) for name in plan}, beside)
