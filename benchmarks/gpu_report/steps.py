@@ -62,7 +62,7 @@ DRY_VARIANTS, DRY_ROWS = ("plain-published", "fast-bf16"), ("published", "graphs
 PICTURES, FEW_PICTURES = 4096, 16
 # Rounds, and in a turn iterations without the clock, and with it as many as threads decode, which
 # come in step with each other; then one with R1.
-PACE, DRY_PACE = (4, 2, 4), (1, 0, 1)
+PACE, DRY_PACE = (4, 2, 4), (2, 0, 1)
 # A step with two backbones compiles one function four times, PyTorch refuses the ninth time.
 GRAPHS = 64
 

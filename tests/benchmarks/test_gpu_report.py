@@ -265,9 +265,9 @@ def test_without_wheels_one_line_says_what_to_do(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_dry_run_of_every_part_without_hydra(tmp_path: Path) -> None:
+    """The parts `steps` and `ablation` are the same code."""
     bare = Bare(tmp_path)
     bare.bring_wheels()
-    """The parts `steps` and `ablation` are the same code."""
     chosen = ["environment", "rates", "parity", "kernels/resize_normalize-CIFAR", "cifar10/real"]
     chosen += ["ablation/cifar10_uncond_d2o_f"]
     done = bare("--tiny", "--out", "out", "--part", *chosen)
