@@ -34,14 +34,15 @@ aot: .venv/.ready ## compile every kernel for sm_80 and sm_90 (no GPU needed): r
 	@$(PYTHON) -m fastgan_kernels.aot --check
 
 bench: .venv/.ready ## kernel benchmarks; on a machine without a GPU tiny ones that are no speeds
-	@$(PYTHON) -m pytest benchmarks
+	@$(PYTHON) -m benchmarks
 
 budget: .venv/.ready ## what the published experiments cost on A100, H100, H200: computed, with a plot
 	@$(PYTHON) tools/budget.py --plot docs/images/budget.png
 
 gpu-wheels: .venv/.ready ## wheels/: what tools/gpu_report.py takes to a GPU machine without network
-	@rm -rf wheels && $(PYTHON) -m pip wheel -qq --disable-pip-version-check --no-deps -w wheels \
-	    $$($(PYTHON) -m pip freeze | grep -E '^(hydra-core|omegaconf|antlr4-python3-runtime)==')
+	@rm -rf wheels && $(PYTHON) -m pip install -qq --disable-pip-version-check --no-deps -t wheels \
+	    $$($(PYTHON) -m pip freeze | \
+	    grep -E '^(hydra-core|omegaconf|antlr4-python3-runtime|pytest-xdist|execnet)==')
 
 lint: .venv/.ready ## ruff: rules and format
 	@$(PYTHON) -m ruff check --quiet .

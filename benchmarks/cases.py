@@ -1,10 +1,13 @@
 """What is measured: every op at every shape of the published networks, made, compared with float64
 and only then timed."""
 
+import sys
+import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ from fastgan_kernels import dispatch
 from fastgan_kernels.aot.shapes import NETWORKS, Network
 from torch import Tensor
 
+from benchmarks import measure
 from benchmarks.measure import DEVICE, DTYPE, ON_GPU
 
 DIRECTIONS = ("forward", "backward")
@@ -130,9 +134,9 @@ class Op:
 
     inputs: its tensors by name, `x` first, those whose gradients a D2O-F fine-tune computes with
     requires_grad; call: the function that it is given, on them; ours: the public function, exact:
-    the definition, which gets float64; parts: (bytes, FLOP) in one direction that no implementation
-    does without, one after the other. others: further candidates, by what dispatch takes.
-    largest: whether the largest error is compared too (behind many roundings it is luck).
+    the definition, which gets float64; floor: (bytes, FLOP) in one direction that no implementation
+    does without. others: further candidates, by what dispatch takes. largest: whether the largest
+    error is compared too (behind many roundings it is luck).
     """
 
     name: str
@@ -140,19 +144,9 @@ class Op:
     call: Callable[[Callable[..., Tensor], Case, Inputs], Tensor]
     ours: Callable[..., Tensor]
     exact: Callable[..., Tensor]
-    parts: Callable[[Case, str], Sequence[tuple[float, float]]]
+    floor: Callable[[Case, str], tuple[float, float]]
     others: Mapping[str, str] = field(default_factory=dict)
     largest: bool = True
-
-    def runs(self) -> list[tuple[Case, str, str]]:
-        """(case, candidate, direction): the candidates of a case one after the other."""
-        cases = published(self.name)
-        return [
-            (case, candidate, direction)
-            for case in (cases if ON_GPU else tiny(cases))
-            for candidate in (*REQUIRED, *self.others)
-            for direction in DIRECTIONS
-        ]
 
     def function(self, case: Case, candidate: str) -> Callable[[Inputs], Tensor]:
         """The candidate; it asks dispatch, which is told here."""
@@ -176,16 +170,12 @@ def make(op: Op, case: Case) -> Inputs:
     return op.inputs(case, normal)
 
 
-def incoming(y: Tensor) -> Tensor:
-    """A gradient that arrives at y, of numbers that every dtype of a benchmark holds."""
+def gradients(y: Tensor, inputs: Inputs) -> Callable[[], tuple[Tensor, ...]]:
+    """A backward pass that can be run again and again, from numbers that every dtype holds."""
+    wanted = [value for value in inputs.values() if value.requires_grad]
     generator = torch.Generator(DEVICE).manual_seed(1)
     dy = torch.randn(y.shape, generator=generator, device=DEVICE).to(DTYPE).to(y.dtype)
-    return dy.to(memory_format=torch.channels_last)
-
-
-def gradients(y: Tensor, inputs: Inputs) -> Callable[[], tuple[Tensor, ...]]:
-    """A backward pass that can be run again and again."""
-    wanted, dy = [value for value in inputs.values() if value.requires_grad], incoming(y)
+    dy = dy.to(memory_format=torch.channels_last)
     return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
 
 
@@ -196,7 +186,48 @@ def results(function: Callable[[Inputs], Tensor], inputs: Inputs) -> Inputs:
     return {"y": y.detach(), **dict(zip(names, gradients(y, inputs)(), strict=True))}
 
 
-@lru_cache(maxsize=1)
+def calls(
+    function: Callable[[Inputs], Tensor], inputs: Inputs, direction: str
+) -> list[Callable[[], object]]:
+    """Calls with an x and a dy each; parameters are shared, as they are in training."""
+    x = inputs["x"].detach()
+    count = measure.copies(2 * x.nbytes)
+    sets = [inputs | {"x": x.clone().requires_grad_()} for _ in range(count)]
+    if direction == "forward":
+        return [partial(function, each) for each in sets]
+    return [gradients(function(each), each) for each in sets]
+
+
+def rows(op: Op, words: Iterable[str] = ()) -> Iterator[measure.Content]:
+    """Measures `op` where all `words` are in OP-NETWORK-SHAPE-CANDIDATE: a row per case, candidate
+    and direction. A candidate that is less accurate than the tests of kernels allow, or breaks, is
+    one row with `failed`, a line, and no time."""
+    # PyTorch otherwise refuses to run a compiled backward a second time on the same forward.
+    torch._functorch.config.donated_buffer = False
+    torch.backends.cudnn.benchmark = True
+    copied, multiplied = (f()["median"] for f in (measure.copy_bandwidth, measure.product_rate))
+    for case in published(op.name) if ON_GPU else tiny(published(op.name)):
+        chosen = [n for n in (*REQUIRED, *op.others)
+                  if all(word in f"{op.name}-{case}-{n}" for word in words)]  # fmt: skip
+        with measure.one_stream():
+            right = truth(op, case) if chosen else None
+        for candidate in chosen:
+            about = {"op": op.name, "network": case.network.name, "shape": str(case.shape)}
+            about |= {key: getattr(case, key) for key in ("count", "channels", "pixels", "batch")}
+            about |= {"candidate": candidate}
+            try:
+                with measure.one_stream():
+                    found = _measured(op, case, candidate, right)
+            except Exception as error:
+                traceback.print_exc()
+                found = [{"failed": f"{type(error).__name__}: {error}".partition("\n")[0]}]
+            for row in found:
+                if "failed" not in row:
+                    moved, flop = op.floor(case, row["direction"])
+                    row["floor_seconds"] = max(moved / copied, flop / multiplied)
+                yield about | row
+
+
 def truth(op: Op, case: Case) -> tuple[Inputs, Inputs]:
     """What plain PyTorch finds, and what is right."""
     inputs = make(op, case)
@@ -205,23 +236,19 @@ def truth(op: Op, case: Case) -> tuple[Inputs, Inputs]:
     return plain, results(partial(op.call, op.exact, case), double)
 
 
-@lru_cache(maxsize=1)
-def accurate(op: Op, case: Case, candidate: str) -> Callable[[Inputs], Tensor]:
-    """The candidate; AssertionError if it is less accurate than the tests of kernels allow."""
+def _measured(op: Op, case: Case, candidate: str, right: Any) -> list[measure.Content]:
+    """Seconds of both directions, and bytes kept; AssertionError where it is not accurate."""
+    # The tests' yardstick of accuracy is the benchmarks' too.
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests/kernels"))
     from oracle import assert_as_accurate
 
-    plain, exact = truth(op, case)
     function = op.function(case, candidate)
-    assert_as_accurate(results(function, make(op, case)), plain, exact, largest=op.largest)
-    return function
-
-
-def calls(
-    function: Callable[[Inputs], Tensor], inputs: Inputs, direction: str, count: int
-) -> list[Callable[[], object]]:
-    """`count` calls with an x and a dy each; parameters are shared, as they are in training."""
-    x = inputs["x"].detach()
-    sets = [inputs | {"x": x.clone().requires_grad_()} for _ in range(count)]
-    if direction == "forward":
-        return [partial(function, each) for each in sets]
-    return [gradients(function(each), each) for each in sets]
+    assert_as_accurate(results(function, make(op, case)), *right, largest=op.largest)
+    inputs = make(op, case)
+    # x, which is there before, is counted too.
+    kept = measure.kept_bytes(lambda: function(inputs), inputs["x"].nbytes)
+    found = []
+    for direction in DIRECTIONS:
+        seconds = measure.samples(measure.per_call(calls(function, inputs, direction)))
+        found.append({"direction": direction, "kept_bytes": kept, "seconds": seconds})
+    return found

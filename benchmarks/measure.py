@@ -8,18 +8,19 @@ its own output. All work is on one stream, because backward runs where forward r
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from math import ceil
 from statistics import median
 from typing import Any
 
 import torch
+import triton
+
+from fastgan.performance import machines
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -40,19 +41,11 @@ def header() -> Content:
         "software": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "triton": package_version("triton"),
+            "triton": triton.__version__,
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version() if ON_GPU else None,
         },
     }
-
-
-def package_version(name: str) -> str | None:
-    """Of an installed distribution; None where it is not installed."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def samples(values: Sequence[float]) -> Content:
@@ -72,59 +65,43 @@ def _stream() -> Any:
     return torch.cuda.Stream()
 
 
-@contextmanager
-def one_stream() -> Iterator[None]:
+def one_stream() -> AbstractContextManager[Any]:
     """Inside, all work of a GPU is on the stream that graphs are captured on."""
+    if ON_GPU:
+        _stream().wait_stream(torch.cuda.current_stream())
+    return torch.cuda.stream(_stream() if ON_GPU else None)
+
+
+def _replay(calls: Sequence[Call]) -> Call:
+    """Runs each of `calls` once; on a GPU as one graph."""
+    # Libraries choose their algorithms here, which they may not while a graph is captured.
+    for call in calls:
+        call()
     if not ON_GPU:
-        yield
-        return
-    _stream().wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(_stream()):
-        yield
-
-
-class Rotation:
-    """Calls each of `calls` in turn; on a GPU as one graph, whose replay is a call of each."""
-
-    def __init__(self, calls: Sequence[Call]) -> None:
-        self.calls, self.turn = calls, 0
-        # Outputs stay: with memory of their own they are written to the device, not to the cache.
-        # Libraries choose their algorithms here, which they may not while a graph is captured.
-        self.outputs = [call() for call in calls]
-        self.graph: Any = None
-        if ON_GPU:
-            torch.cuda.synchronize()
-            self.graph, self.outputs = torch.cuda.CUDAGraph(), []
-            with torch.cuda.graph(self.graph, stream=_stream()):
-                self.outputs = [call() for call in calls]
-
-    def __call__(self) -> None:
-        if self.graph is None:
-            self.outputs[self.turn] = self.calls[self.turn]()
-        elif self.turn == 0:
-            self.graph.replay()
-        self.turn = (self.turn + 1) % len(self.calls)
-
-    def run(self, count: int) -> float:
-        """Seconds of so many calls."""
-        start = seconds()
-        for _ in range(count):
-            self()
-        return seconds() - start
-
-    def iterations(self) -> int:
-        """Calls, in whole turns, that last at least ROUND_SECONDS."""
-        n = len(self.calls)
-        taken = min(self.run(n) for _ in range(4)) if ON_GPU else ROUND_SECONDS
-        return n * max(1, ceil(ROUND_SECONDS / taken))
+        return lambda: [call() for call in calls]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=_stream()):
+        # All outputs stay until the last: with memory of their own they are written to the device.
+        outputs = [call() for call in calls]
+    del outputs
+    return graph.replay
 
 
 def per_call(calls: Sequence[Call]) -> list[float]:
     """Seconds per call in ROUNDS rounds, each of at least ROUND_SECONDS, after warm-up."""
+
+    def clocked(turns: int) -> float:
+        start = seconds()
+        for _ in range(turns):
+            replay()
+        return seconds() - start
+
     with one_stream():
-        rotation = Rotation(calls)
-        count = rotation.iterations()
-        return [rotation.run(count) / count for _ in range(ROUNDS)]
+        replay = _replay(calls)
+        once = min(clocked(1) for _ in range(4)) if ON_GPU else ROUND_SECONDS
+        turns = max(1, ceil(ROUND_SECONDS / once))
+        return [clocked(turns) / (turns * len(calls)) for _ in range(ROUNDS)]
 
 
 def copies(bytes_per_call: int) -> int:
@@ -139,17 +116,20 @@ def copies(bytes_per_call: int) -> int:
 def timed(calls: Sequence[Call]) -> list[float]:
     """Seconds of each call while they follow each other as in training, unsynchronised: on a GPU
     by its own clock, from the end of one call's work to the end of the next one's."""
-    marks: list[Any] = []
-    for call in (None, *calls):
-        if call is not None:
-            call()
-        marks.append(torch.cuda.Event(enable_timing=True) if ON_GPU else time.perf_counter())
-        if ON_GPU:
-            marks[-1].record()
+    marks = [_mark()]
+    for call in calls:
+        call()
+        marks.append(_mark())
+    seconds()
+    return [a.elapsed_time(b) / 1e3 if ON_GPU else b - a for a, b in pairwise(marks)]
+
+
+def _mark() -> Any:
     if not ON_GPU:
-        return [end - start for start, end in pairwise(marks)]
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) / 1e3 for start, end in pairwise(marks)]
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def kept_bytes(forward: Callable[[], torch.Tensor], besides: int = 0) -> int | None:
@@ -160,34 +140,14 @@ def kept_bytes(forward: Callable[[], torch.Tensor], besides: int = 0) -> int | N
     return torch.cuda.memory_allocated() - before - y.nbytes + besides if ON_GPU else None
 
 
-@dataclass(frozen=True)
-class Chip:
-    """What floors are computed from: bytes read and written, and multiplications and additions of
-    a bfloat16 matrix product, both per second, measured in this process."""
-
-    copy_bandwidth: float
-    matmul_rate: float
-
-    def floor(self, parts: Sequence[tuple[float, float]]) -> float:
-        """Seconds that (bytes, FLOP) of kernels which run one after the other take at least."""
-        return sum(max(b / self.copy_bandwidth, f / self.matmul_rate) for b, f in parts)
-
-
-def measure_chip() -> Chip:
-    """Medians, of copies of 1 GiB and products of 8192 x 8192 matrices (on a CPU much less)."""
-    return Chip(copy_bandwidth()["median"], product_rate()["median"])
-
-
 def copy_bandwidth() -> Content:
-    """Samples: bytes read plus bytes written per second."""
+    """Samples: bytes read plus bytes written per second, copying 1 GiB (a CPU: much less)."""
     source = torch.randn(2**29 if ON_GPU else 2**16, device=DEVICE).to(DTYPE)
     target = torch.empty_like(source)
     return samples([2 * source.nbytes / t for t in per_call([lambda: target.copy_(source)])])
 
 
 def product_rate(dtype: torch.dtype = DTYPE) -> Content:
-    """Samples: FLOP per second of a square matrix product of random numbers."""
-    n = 8192 if ON_GPU else 64
-    a, b = (torch.randn(n, n, device=DEVICE).to(dtype) for _ in range(2))
-    product = torch.empty_like(a)
-    return samples([2 * n**3 / t for t in per_call([lambda: torch.mm(a, b, out=product)])])
+    """Samples: FLOP per second of a product of 8192 x 8192 matrices (a CPU: much smaller ones)."""
+    side = 8192 if ON_GPU else 64
+    return samples(machines.product_rate(torch.device(DEVICE), dtype, side))

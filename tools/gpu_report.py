@@ -5,7 +5,6 @@ The same command continues where it was stopped; what is finished is kept. See d
 
 import os
 import shlex
-import shutil
 import signal
 import sys
 import traceback
@@ -45,51 +44,38 @@ def main() -> int:
         place = run.Place(out, options.one, tiny)
         place.note(chosen[0].measure(place), complete=True)
         return 0
-    if options.pack:
-        run.check_archive(out, options.pack)
     # Also the cases that run end with this process.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     runner, targets = run.Runner(out, tiny, options.minutes), table.read_targets(ROOT)
-    for case in chosen if options.again else ():
-        runner.place(case).result.unlink(missing_ok=True)
     for _ in chain([()], runner.run(() if options.summary else chosen)):
         try:
-            table.write_report(table.collect(out, plan, tiny), out, targets)
+            table.write_report(table.collect(out, plan, tiny), out, targets, tiny)
         except UserError:
             raise
         except Exception:
             # A result that the tables cannot take is no reason to measure no others.
             traceback.print_exc()
-        if options.pack:
-            run.pack(out, options.pack)
     print(f"{out / 'report.md'}: written")
     if options.update:
         print(f"{table.record(table.collect(out, plan, tiny), ROOT)}: written")
     if runner.left:
         print(f"left: {', '.join(runner.left)}")
-        words = [word for word in sys.argv if word != "--again"]
-        print(f"continue with: {shlex.join(['python', *words])}")
+        print(f"continue with: {shlex.join(['python', *sys.argv])}")
     return 1 if runner.failed else 0
 
 
-def bring_hydra(wheels: Path) -> None:
-    """Makes `import hydra` work, here and in processes begun from here: where it is not installed,
-    from the wheels that `make gpu-wheels` made, unpacked, since Hydra reads configurations of its
-    own as files. UserError: neither is there."""
-    paths = [str(ROOT), str(ROOT / "kernels")]
-    if not all(map(_importable, NEEDED)):
-        unpacked = wheels / "unpacked"
-        for wheel in () if unpacked.is_dir() else sorted(wheels.glob("*.whl")):
-            shutil.unpack_archive(wheel, unpacked, "zip")
-        sys.path.append(str(unpacked))
-        paths.append(str(unpacked))
+def bring_hydra(folder: Path) -> None:
+    """Makes what `make gpu-wheels` brought importable, here and in processes begun from here; what
+    is installed wins. UserError: Hydra is neither there nor installed."""
+    sys.path.append(str(folder))
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", ""), str(folder)]
     missing = [name for name in NEEDED if not _importable(name)]
     if missing:
         raise UserError(
-            f"{', '.join(missing)} cannot be imported, on this machine or from {wheels}/*.whl, "
+            f"{', '.join(missing)} cannot be imported, on this machine or from {folder}, "
             "`make gpu-wheels` where there is a network would fill it"
         )
-    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 
 def _importable(name: str) -> bool:
@@ -106,9 +92,7 @@ def _parser() -> ArgumentParser:
     add("--part", nargs="+", default=[], help="parts, or cases PART/CASE (default: all)")
     add("--out", type=Path, metavar="FOLDER", help="default: runs/gpu-report, tiny -tiny behind it")
     add("--minutes", type=float, metavar="M", help="stop before M minutes are over")
-    add("--again", action="store_true", help="measure anew what is finished too")
     add("--summary", action="store_true", help="measure nothing, write the report")
-    add("--pack", type=Path, metavar="FILE.tar.gz", help="the folder as an archive, case by case")
     add("--update", action="store_true", help="record an H200's results in benchmarks/")
     add("--tiny", action="store_true", help="a dry run on the CPU: no speeds")
     add("--one", metavar="CASE", help="run this one here: what each case's process does")

@@ -1,30 +1,23 @@
 """The plan, in the order in which a machine's time is best spent, and its shorter cases:
 environment, rates, parity, kernels."""
 
-import json
-import os
-import platform
-import shutil
 import subprocess
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
-from itertools import groupby
-from pathlib import Path
+from importlib.util import find_spec
 from statistics import median
-from xml.etree import ElementTree
 
+import pytest
 import torch
 from fastgan_kernels.aot.shapes import NETWORKS
 from torch.nn import functional as F
 
-from benchmarks.cases import DIRECTIONS
+from benchmarks.cases import rows
 from benchmarks.gpu_report.cifar10 import STAGES, cifar10
 from benchmarks.gpu_report.run import ROOT, Case, Place
 from benchmarks.gpu_report.steps import ablation, steps
-from benchmarks.gpu_report.table import speeds
+from benchmarks.gpu_report.table import kernel_table
 from benchmarks.measure import (
     DEVICE,
     DTYPE,
@@ -33,18 +26,16 @@ from benchmarks.measure import (
     Content,
     copies,
     copy_bandwidth,
-    package_version,
     per_call,
     product_rate,
-    samples,
 )
+from benchmarks.ops import OPS
 from fastgan.common.errors import UserError
 
 # Of a GPU machine in all; the plan's first cases fit, the others want another one.
 LOAN_SECONDS = 15 * 60
-# As in benchmarks/test_OP.py and tests/kernels/test_OP.py, with expected seconds of the benchmark
-# per network.
-OPS = {
+# Expected of a network's benchmark.
+SECONDS = {
     "norm_silu": 110,
     "frozen_block": 140,
     "norm_silu_conv": 150,
@@ -52,36 +43,29 @@ OPS = {
     "resample": 30,
     "resize_normalize": 20,
 }
-SHORT_NAMES = [network.name.partition("-")[0] for network in reversed(NETWORKS)]
-PACKAGES = ("numpy", "torchvision", "timm", "safetensors", "hydra-core", "omegaconf", "pytest")
 # Of `nvidia-smi --query-gpu`.
-QUERY = (
-    *("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem"),
-    *("power.limit", "temperature.gpu", "ecc.mode.current", "mig.mode.current"),
-)
+QUERY = ("driver_version", "clocks.sm", "clocks.mem", "power.limit", "temperature.gpu")
 
 
 def plan() -> list[Case]:
     """Every case with the seconds that it should take on an H200: expectations, no measurements."""
+    names = [network.name.partition("-")[0] for network in reversed(NETWORKS)]
     kernels = [
-        Case(f"kernels/{op}-{network}", expected, benchmark)
-        for op, expected in OPS.items()
-        for network in SHORT_NAMES
+        Case(f"kernels/{op}-{network}", SECONDS[op], benchmark) for op in OPS for network in names
     ]
     first = ("kernels/norm_silu-ImageNet", "kernels/frozen_block-ImageNet")
     return [
         Case("environment/machine", 5, environment),
-        *(Case(f"parity/{file}", 70, parity, beside=True) for file in ("every_op", *OPS)),
-        Case("rates/chip", 15, chip),
-        Case("steps/cifar10_uncond_d2o_f", 140, steps, resumes=True),
+        Case("parity/kernels", 90, parity),
+        Case("rates/chip", 55, rates),
+        Case("steps/cifar10_uncond_d2o_f", 140, steps),
         *(case for case in kernels if case.name in first),
-        Case("steps/imagenet64_d2o_f", 130, steps, resumes=True),
-        Case("steps/ffhq64_d2o_f", 90, steps, resumes=True),
-        Case("ablation/cifar10_uncond_d2o_f", 110, ablation, resumes=True),
-        Case("rates/convolutions", 40, convolutions),
-        *(Case(f"cifar10/{name}", expected, cifar10, resumes=True) for name, expected in STAGES),
+        Case("steps/imagenet64_d2o_f", 130, steps),
+        Case("steps/ffhq64_d2o_f", 90, steps),
+        Case("ablation/cifar10_uncond_d2o_f", 110, ablation),
+        *(Case(f"cifar10/{name}", expected, cifar10) for name, expected in STAGES.items()),
         *(case for case in kernels if case.name not in first),
-        Case("ablation/imagenet64_d2o_f", 400, ablation, resumes=True),
+        Case("ablation/imagenet64_d2o_f", 400, ablation),
     ]
 
 
@@ -98,132 +82,99 @@ def select(cases: list[Case], wanted: Iterable[str]) -> list[Case]:
     return [case for case in cases if case in found or not found]
 
 
-def printed(cases: list[Case]) -> str:
+def printed(cases: Iterable[Case]) -> str:
     """What runs in which order, with its seconds and those of all until then."""
     lines, total = ["case, seconds expected on an H200, in all"], 0.0
-    groups = groupby(cases, lambda case: case.part if case.beside else case.name)
-    for group in (list(several) for _, several in groups):
-        seconds = max(case.seconds for case in group)
-        if total <= LOAN_SECONDS < total + seconds:
+    for case in cases:
+        if total <= LOAN_SECONDS < total + case.seconds:
             lines.append(f"-- {LOAN_SECONDS // 60} minutes of a GPU end here --")
-        total += seconds
-        aside = " (side by side)" if len(group) > 1 else ""
-        lines += [f"{case.name:40} {case.seconds:5.0f} {total:6.0f}{aside}" for case in group]
+        total += case.seconds
+        lines.append(f"{case.name:40} {case.seconds:5.0f} {total:6.0f}")
     return "\n".join(lines)
 
 
 def environment(place: Place) -> Content:
-    """Versions, device, memory, driver, clocks (read, never set) and commit: all that a number's
-    reader may ask about the machine, without its name."""
-    facts: Content = {name: package_version(name) for name in PACKAGES}
-    facts["system"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-    facts["commit"] = _output("git", "rev-parse", "HEAD")
-    facts["changed"] = bool(_output("git", "status", "--porcelain", "--untracked-files=no"))
+    """Driver, clocks (read, never set) and commit, which a number's reader may ask about; device
+    and versions are in every result."""
+    facts = {"commit": _output("git", "rev-parse", "HEAD")}
     if ON_GPU:
-        gpu = torch.cuda.get_device_properties(0)
-        facts |= {"memory": gpu.total_memory, "l2": gpu.L2_cache_size}
-        facts |= {"multiprocessors": gpu.multi_processor_count}
         text = _output("nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader")
-        facts |= dict(zip(QUERY, (text or "").split(", "), strict=False))
-    return {"table": [{"what": what, "value": value} for what, value in facts.items()]}
+        facts |= dict(zip(QUERY, text.split(", "), strict=False))
+    return {"table": {what: {"value": value or None} for what, value in facts.items()}}
 
 
-def _output(*command: str) -> str | None:
-    """What a command prints, None where it does not exist or fails."""
-    if shutil.which(command[0]) is None:
-        return None
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    return done.stdout.strip() if done.returncode == 0 else None
+def _output(*command: str) -> str:
+    """What a command prints; nothing where it does not exist or fails."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+class Outcomes:
+    """A plugin of pytest: how many tests passed, failed and were skipped, and why each failure."""
+
+    def __init__(self) -> None:
+        self.counts, self.failed = Counter(passed=0, failed=0, skipped=0), list[str]()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            why = str(crash.message if crash else report.longrepr).partition("\n")[0]
+            self.failed.append(f"{report.nodeid}: {why}")
+        if report.when == "call" or not report.passed:
+            self.counts[report.outcome] += 1
 
 
 def parity(place: Place) -> Content:
-    """A file of tests/kernels on this device (tiny: some of it): how many tests passed, failed and
-    were skipped, and where and why each failure. UserError: nothing was run."""
-    with tempfile.TemporaryDirectory() as folder:
-        report, some = Path(folder, "junit.xml"), ("-k", "opcheck") if place.tiny else ()
-        status = _pytest(
-            f"tests/kernels/test_{place.result.stem}.py", f"--junitxml={report}", *some
-        )
-        if status not in (0, 1) or not report.is_file():
-            raise UserError(f"pytest ended with {status}, {place.name}, 0 or 1 was expected")
-        return read_junit(report.read_text())
-
-
-def read_junit(text: str) -> Content:
-    """Of the XML that pytest just wrote here."""
-    counts, failures = Counter(passed=0, failed=0, skipped=0), []
-    for case in ElementTree.fromstring(text).iter("testcase"):
-        outcomes = {child.tag: child for child in case}
-        wrong = outcomes.get("failure", outcomes.get("error"))
-        if wrong is not None:
-            line = (wrong.get("message") or wrong.text or "").strip().partition("\n")[0]
-            failures.append(f"{case.get('name')}: {line}")
-        passed = "skipped" if "skipped" in outcomes else "passed"
-        counts[passed if wrong is None else "failed"] += 1
-    return {"table": [dict(counts)], "failed": failures}
-
-
-def _pytest(*words: str) -> int:
-    command = [sys.executable, "-m", "pytest", *words, "-v", "-p", "no:cacheprovider"]
-    # Where it finds xdist's variables, pytest-benchmark measures nothing.
-    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    return subprocess.run(command, cwd=ROOT, env=alone).returncode
+    """tests/kernels on this device, in eight processes if pytest-xdist is there (tiny: some of
+    one file). UserError: nothing was run."""
+    found, names = Outcomes(), ["every_op", *([] if place.tiny else OPS)]
+    words = [str(ROOT / f"tests/kernels/test_{name}.py") for name in names]
+    words += ["-k", "opcheck and resize"] if place.tiny else []
+    words += ["-n", "8"] if find_spec("xdist") and not place.tiny else []
+    status = pytest.main([*words, "-v", "-p", "no:cacheprovider"], plugins=[found])
+    if status not in (0, 1):
+        raise UserError(f"pytest ended with {status}, {place.name}, 0 or 1 was expected")
+    return {"table": {"tests": dict(found.counts)}, "failed": found.failed}
 
 
 def benchmark(place: Place) -> Content:
-    """benchmarks/test_OP.py for one network (tiny: some of it): a row per candidate, shape and
-    direction. A test that fails is among `failed`, and has no time."""
+    """An op for one network: a row per candidate, shape and direction."""
     op, _, network = place.result.stem.rpartition("-")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "benchmark.json")
-        words = [f"--benchmark-json={file}", "--benchmark-columns=median"]
-        chosen = f"{network} and backward" if place.tiny else network
-        status = _pytest(f"benchmarks/test_{op}.py", "-k", chosen, *words)
-        if status not in (0, 1) or not file.is_file():
-            raise UserError(f"pytest ended with {status}, {place.name}, a time was expected")
-        document = json.loads(file.read_text())
-    rows = [
-        each["extra_info"] | {"seconds": samples(each["stats"]["data"])}
-        for each in document["benchmarks"]
-    ]
-    failed = [" ".join(map(str, case.values())) for case in document["failed"]]
-    lines = [
-        {"direction": direction, "candidate": candidate, **speeds(rows, candidate, direction)}
-        for direction in DIRECTIONS
-        for candidate in dict.fromkeys(row["candidate"] for row in rows)
-    ]
-    return {"rates": document["rates"], "rows": rows, "failed": failed, "table": lines}
+    content: Content = {"rows": [], "failed": [], "table": {}}
+    for row in rows(OPS[op], [f"-{network}-"]):
+        if "failed" in row:
+            content["failed"].append(" ".join(map(str, row.values())))
+        else:
+            content["rows"].append(row)
+        content["table"] = kernel_table(content["rows"])
+        place.note(content)
+    return content
 
 
-def chip(place: Place) -> Content:
-    """What it copies (bytes read plus written per second) and multiplies (FLOP per second)."""
-    found = {"copy_bandwidth": copy_bandwidth()}
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        found[f"matmul_rate_{name}"] = product_rate(dtype)
-    lines = [
-        {"rate": name, "median": each["median"], "n": each["n"]} for name, each in found.items()
-    ]
-    return {"rates": found, "table": lines}
-
-
-def convolutions(place: Place) -> Content:
-    """What the 3x3 convolutions of a pass reach of the matrix rate measured in the same process,
-    each as often as a pass has it; dgrad also as a forward convolution with the flipped weight."""
+def rates(place: Place) -> Content:
+    """What the chip copies (bytes read plus written per second) and multiplies (FLOP per second),
+    and what share of the latter the 3x3 convolutions of all networks' passes reach in bf16, each as
+    often as a pass has it; dgrad also as a forward convolution with the flipped weight. The names
+    are those that tools/budget.py reads."""
     torch.backends.cudnn.benchmark = True
-    rate = product_rate()["median"]
-    content: Content = {"matmul_rate": rate, "table": []}
+    found = {"copy_bandwidth": copy_bandwidth(), "matmul_rate": product_rate()}
+    found["float32_rate"] = product_rate(torch.float32)
+    content: Content = {name: each["median"] for name, each in found.items()}
+    content["samples"], content["table"] = found, {name: {"rate": content[name]} for name in found}
+    place.note(content)
+    flop, spent = 0, Counter[str]()
     for network in NETWORKS:
-        flop, spent = 0, dict.fromkeys(("forward", "dgrad", "dgrad_flipped"), 0.0)
         shapes = {s: n for s, n in network.convolutions().items() if s[3] == 3}
         for (cin, cout, size, _), count in list(shapes.items())[: 1 if place.tiny else None]:
             images, cin, cout = (1, 8, 8) if place.tiny else (network.batch, cin, cout)
             flop += count * 18 * cin * cout * images * size**2
             for direction, calls in _convolution(images, cin, cout, size).items():
-                spent[direction] += count * median(per_call(calls))
-        shares = {name: flop / seconds / rate for name, seconds in spent.items()}
-        content["table"].append({"network": network.name, "flop": flop, **shares})
-        place.note(content)
-    return content
+                spent[direction] += count * median(per_call(calls))  # type: ignore[assignment]
+    shares = {f"conv_{k}_efficiency": flop / t / content["matmul_rate"] for k, t in spent.items()}
+    content["table"] |= {name: {"share": share} for name, share in shares.items()}
+    return content | shares
 
 
 def _convolution(images: int, cin: int, cout: int, size: int) -> dict[str, list[Call]]:

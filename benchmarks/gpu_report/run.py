@@ -7,33 +7,30 @@ A case's result is one JSON file, which it rewrites as it goes: `complete` once 
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Content, header
-from fastgan.common.errors import UserError
 from fastgan.common.files import replace_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
-# Before the limit of --minutes: for the report and the archive.
+# Before the limit of --minutes: for the report.
 RESERVE_SECONDS = 15.0
 # How many times as long as expected a case may take, and what any may (a dry run: on a slow CPU).
 PATIENCE, LEAST_SECONDS, LEAST_DRY_SECONDS = 3, 120.0, 600.0
-ARCHIVE = ".tar.gz"
 # No GPU even where there is one; graphs are captured, but run as they were written (torch 2.13).
 DRY = {
     "CUDA_VISIBLE_DEVICES": "",
     "TRITON_INTERPRET": "1",
     "TORCH_COMPILE_OVERRIDE_BACKENDS": ">=0:eager",
+    "OMP_NUM_THREADS": "1",
 }
 
 
@@ -53,6 +50,11 @@ class Place:
     def folder(self) -> Path:
         return self.out / self.name
 
+    @property
+    def caches(self) -> Path:
+        """What does not come home: compiled graphs, and the runs of trainings."""
+        return self.out.with_name(f"{self.out.name}-caches")
+
     def note(self, content: Content, *, complete: bool = False) -> None:
         write_json(self.result, header() | content | {"complete": complete})
 
@@ -68,23 +70,15 @@ class Place:
 @dataclass(frozen=True)
 class Case:
     """One process, named PART/CASE. `seconds`: expected on an H200; `measure` returns the content
-    of its result; `beside`: it runs at the same time as its neighbours of the same part, `resumes`:
-    stopped before its end it was not in vain."""
+    of its result."""
 
     name: str
     seconds: float
     measure: Callable[[Place], Content]
-    beside: bool = False
-    resumes: bool = False
 
     @property
     def part(self) -> str:
         return self.name.partition("/")[0]
-
-
-def caches(out: Path) -> Path:
-    """What does not come home: compiled graphs, and the runs of trainings."""
-    return out.with_name(f"{out.name}-caches")
 
 
 def write_json(path: Path, content: object) -> None:
@@ -100,69 +94,54 @@ class Runner:
     """
 
     def __init__(self, out: Path, tiny: bool, minutes: float | None = None) -> None:
-        self.out, self.tiny, self.minutes = out.resolve(), tiny, minutes
+        self.out, self.tiny = out.resolve(), tiny
         self.left: list[str] = []
         self.failed: list[str] = []
         self._start = time.monotonic()
+        self._seconds = float("inf") if minutes is None else 60 * minutes - RESERVE_SECONDS
 
-    def run(self, cases: Sequence[Case]) -> Iterator[list[Case]]:
-        """Yields what has just been run: a case, or several side by side."""
-        todo = [case for case in cases if not self.place(case).found().get("complete")]
-        for _, several in groupby(todo, lambda case: case.part if case.beside else case.name):
-            group = list(several)
-            if not self._fits(group):
-                self.left += [case.name for case in group]
+    def run(self, cases: Iterable[Case]) -> Iterator[Case]:
+        """Yields what has just been run."""
+        for case in cases:
+            if self.place(case).found().get("complete"):
+                continue
+            if self._remaining() <= (0 if self.tiny else case.seconds):
+                self.left.append(case.name)
                 continue
             elapsed = (time.monotonic() - self._start) / 60
-            print(f"{' '.join(case.name for case in group)}, {elapsed:.1f} min elapsed", flush=True)
-            self._finish(group)
-            yield group
+            print(f"{case.name}, {elapsed:.1f} min elapsed", flush=True)
+            process = self._begin(case)
+            try:
+                self._wait(case, process)
+            finally:
+                _end(process)
+            yield case
 
     def place(self, case: Case) -> Place:
         return Place(self.out, case.name, self.tiny)
 
     def _remaining(self) -> float:
-        """Seconds that cases still have."""
-        if self.minutes is None:
-            return float("inf")
-        return 60 * self.minutes - RESERVE_SECONDS - (time.monotonic() - self._start)
+        return self._seconds - (time.monotonic() - self._start)
 
-    def _fits(self, group: list[Case]) -> bool:
-        # What resumes may begin with less; to build and then to stop would help nobody.
-        needed = max(case.seconds / (2 if case.resumes else 1) for case in group)
-        return self._remaining() > (0 if self.tiny else needed)
-
-    def _finish(self, group: list[Case]) -> None:
-        """Waits for all of them; none is left behind, whatever ends this process."""
-        begun = time.monotonic()
-        processes = [(case, self._begin(case)) for case in group]
-        try:
-            for case, process in processes:
-                self._wait(case, process, begun)
-        finally:
-            for _, process in processes:
-                _end(process)
-
-    def _wait(self, case: Case, process: subprocess.Popen[bytes], begun: float) -> None:
+    def _wait(self, case: Case, process: subprocess.Popen[bytes]) -> None:
+        place, remaining = self.place(case), self._remaining()
         least = LEAST_DRY_SECONDS if self.tiny else LEAST_SECONDS
         patience = max(least, PATIENCE * case.seconds)
-        limit = min(patience, self._remaining() + time.monotonic() - begun)
         try:
-            status = process.wait(max(0.0, limit - (time.monotonic() - begun)))
+            status = process.wait(max(0.0, min(patience, remaining)))
         except subprocess.TimeoutExpired:
-            if limit < patience:
+            if remaining < patience:
                 self.left.append(case.name)
                 print(f"  {case.name}: stopped, time is up", flush=True)
                 return
-            error = f"did not end in {limit:.0f} s, {case.seconds:.0f} were expected"
+            error = f"did not end in {patience:.0f} s, {case.seconds:.0f} were expected"
         else:
-            if status == 0 and self.place(case).found().get("complete"):
+            if status == 0 and place.found().get("complete"):
                 return
             error = f"{_last_error(self._log(case))} (exit status {status})"
         self.failed.append(case.name)
         print(f"  {case.name}: failed: {error}", flush=True)
         # What it had noted until then stays.
-        place = self.place(case)
         about = {"dry_run": self.tiny, "chip": None}
         write_json(place.result, about | place.found() | {"error": error, "complete": False})
 
@@ -178,10 +157,11 @@ class Runner:
         environment = {k: v for k, v in os.environ.items() if k != "FASTGAN_KERNELS"}
         # Caches begin empty, so that a first step is a first step.
         for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
-            environment[name] = str(caches(self.out) / name.lower())
+            environment[name] = str(self.place(case).caches / name.lower())
         environment |= {"PYTHONUNBUFFERED": "1"} | (DRY if self.tiny else {})
         self._log(case).parent.mkdir(parents=True, exist_ok=True)
-        # What an earlier run said of it stays: its errors are to be mended elsewhere.
+        # What an earlier run said of it stays: its errors are to be mended elsewhere. The process
+        # gets a group of its own, so that what the case started ends with it.
         with self._log(case).open("ab") as log:
             return subprocess.Popen(
                 self.command(case),
@@ -189,7 +169,6 @@ class Runner:
                 env=environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # A process group of its own, so that what the case started ends with it.
                 start_new_session=True,
             )
 
@@ -205,21 +184,6 @@ def _end(process: subprocess.Popen[Any]) -> None:
 
 def _last_error(log: Path) -> str:
     """What the log says: its last error, behind which CUDA's have advice."""
-    text = log.read_text(errors="replace")
-    lines = [line.strip() for line in reversed(text.splitlines()) if line.strip()]
-    errors = (line for line in lines if re.match(r"error: |[\w.]+(Error|Exception): ", line))
-    return next(errors, lines[0] if lines else "it printed nothing").removeprefix("error: ")
-
-
-def pack(out: Path, target: Path) -> None:
-    """The folder as `target`, a NAME.tar.gz."""
-    name = str(target.resolve()).removesuffix(ARCHIVE)
-    shutil.make_archive(name, "gztar", root_dir=out.resolve().parent, base_dir=out.resolve().name)
-
-
-def check_archive(out: Path, target: Path) -> None:
-    """UserError: no name of an archive, or no place for one."""
-    if not target.name.endswith(ARCHIVE):
-        raise UserError(f"no name of an archive, --pack {target}, NAME{ARCHIVE} would do")
-    if target.resolve().is_relative_to(out.resolve()) or not target.resolve().parent.is_dir():
-        raise UserError(f"no place for an archive, --pack {target}, a folder beside {out} would do")
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"error: |[\w.]+(Error|Exception): ", line)]
+    return [*(lines or ["it printed nothing"])[-1:], *errors][-1].removeprefix("error: ")

@@ -1,13 +1,19 @@
-"""The report: all results of a folder as one object and as markdown, and the numbers that
-benchmarks/targets.json asks for, which become the project's record."""
+"""The report: tables of all results of a folder, and the targets that they meet or miss.
+
+A `table` is an object of rows by name, each an object of columns by name, so that a target is a
+file and a path in it.
+"""
 
 import json
-from collections.abc import Iterable
-from math import exp, fsum, log
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatch
+from functools import reduce
+from operator import getitem
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
+from typing import Any
 
-from benchmarks.cases import DIRECTIONS, REQUIRED, published
+from benchmarks.cases import DIRECTIONS
 from benchmarks.gpu_report.run import Case, Place, write_json
 from benchmarks.measure import Content
 from fastgan.common.errors import UserError
@@ -18,56 +24,49 @@ DRY_RUN = "**A dry run on a CPU: no number here is a speed.**"
 BASELINES = ("plain-published", "compiled-bf16", "fast-bf16")
 # The targets are for this GPU; what is measured on another one is not recorded.
 MACHINE = "H200"
-# Where a norm has to read its input once only; larger maps fit on no multiprocessor.
-ONE_PASS_PIXELS = 1024
-PRODUCT, BF16 = "matmul_rate_", "matmul_rate_bf16"
-NORM, BLOCK = "group_norm_silu", "frozen_unet_block"
+# Shapes by what decides how an op works on them: one read of the input suffices for maps of up to
+# 1024 pixels; apex has no kernel for some channels.
+GROUPS: dict[str, Callable[[Content], bool]] = {
+    "all": lambda row: True,
+    "up to 32px": lambda row: row["pixels"] <= 1024,
+    "64px": lambda row: row["pixels"] > 1024,
+    "up to 256 channels": lambda row: row["channels"] <= 256,
+    "192, 576, 1152 channels": lambda row: row["channels"] in (192, 576, 1152),
+}
 
 
-def collect(out: Path, cases: Iterable[Case], tiny: bool) -> Content:
-    """By part and case what is there; `missing`: the others, with the line in which they failed.
-    A case that has not ended is in both, with what it noted."""
-    report: Content = {"dry_run": tiny, "missing": {}, "parts": {}}
-    for case in cases:
-        content = Place(out, case.name, tiny).found()
-        if not content.get("complete"):
-            report["missing"][case.name] = content.get("error")
+def collect(out: Path, cases: Iterable[Case], tiny: bool) -> dict[str, Content]:
+    """What is there by case, {} where nothing is."""
+    return {case.name: Place(out, case.name, tiny).found() for case in cases}
+
+
+def write_report(
+    results: Mapping[str, Content], folder: Path, targets: Iterable[Content], tiny: bool = False
+) -> None:
+    """`report.md`: a table per case, the targets that were measured, and what is missing: with the
+    line in which it failed, and with what it noted until then."""
+    lines = ["# GPU report", *([DRY_RUN] if tiny else [])]
+    for name, content in results.items():
         if "table" in content:
-            name = case.name.partition("/")[2]
-            report["parts"].setdefault(case.part, {})[name] = content
-    return report
-
-
-def markdown(report: Content, targets: Iterable[Content]) -> str:
-    """A table per case, the targets that were measured, and what is missing."""
-    lines = ["# GPU report", *([DRY_RUN] if report["dry_run"] else [])]
-    for part, found in report["parts"].items():
-        first = next(iter(found.values()))
-        software = [f"{name} {version}" for name, version in first["software"].items()]
-        lines += [
-            f"## {part.capitalize()}",
-            ", ".join([first["chip"], first["datetime"], *software]),
-        ]
-        for name, content in found.items():
-            lines += [f"**{name}**", table(content["table"])]
+            software = [f"{key} {version}" for key, version in content["software"].items()]
+            lines += [f"## {name}", ", ".join([content["chip"], content["datetime"], *software])]
+            lines.append(table(content["table"]))
             lines += [f"- failed: {line}" for line in content.get("failed", ())]
-    measured = {name: value for found in numbers(report).values() for name, value in found.items()}
-    rows = [
-        {"target": t["metric"], "wanted": t["target"], "measured": measured[t["id"]]}
-        for t in targets
-        if t["id"] in measured and not report["dry_run"]
-    ]
-    lines += ["## Targets", table(rows)] if rows else []
-    missing = [f"- {name}: {line or 'not run yet'}" for name, line in report["missing"].items()]
-    lines += ["## Missing", "\n".join(missing)] if missing else []
-    return "\n\n".join(lines) + "\n"
+    values = {target["metric"]: (target["target"], value_of(target, results)) for target in targets}
+    rows = {k: {"wanted": t, "measured": v} for k, (t, v) in values.items() if v is not None}
+    lines += ["## Targets", table(rows)] if rows and not tiny else []
+    missing = {k: c.get("error") for k, c in results.items() if not c.get("complete")}
+    listed = "\n".join(f"- {name}: {line or 'not run yet'}" for name, line in missing.items())
+    lines += ["## Missing", listed] if missing else []
+    with replace_atomically(folder / "report.md") as file:
+        file.write(("\n\n".join(lines) + "\n").encode())
 
 
-def table(rows: list[Content]) -> str:
+def table(rows: Mapping[str, Content]) -> str:
     """Rows as a markdown table, with a column for every key; what has no value is shown as -."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[_shown(row.get(key)) for key in columns] for row in rows]
-    lines = [columns, ["---"] * len(columns), *cells]
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+    cells = [[name, *(_shown(row.get(key)) for key in columns)] for name, row in rows.items()]
+    lines = [["", *columns], ["---"] * (len(columns) + 1), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -78,46 +77,57 @@ def _shown(value: object) -> str:
 
 
 def described(content: Content) -> Content:
-    """The content with its `table`: per variant medians of all its rounds, and what it is of every
-    baseline's images per second, round by round. Without a matrix rate (a dry run) no MFU."""
-    rows = []
+    """Steps with their `table`: per variant medians of all its rounds; its images per second over
+    every baseline's, over the nearest variant's above that took turns with it, and over the first
+    one's: the product of those. Without a matrix rate (a dry run) no MFU."""
+    rows: Content = {}
+    above: str | None = None
+    total: float | None = None
     for name, noted in content["variants"].items():
-        row: Content = {"variant": name}
-        mine = [found for found in content["rounds"] if name in found]
-        if mine:
-            facts, rate = noted["facts"], content["matmul_rate"]
-            iterations = [taken for found in mine for taken in found[name]["iterations"]]
-            iteration, r1 = median(iterations), median(found[name]["r1"] for found in mine)
-            speed = img_s(facts, iteration, r1)
-            row |= {"batch": facts["batch"], "img_s": speed}
-            row |= {"mfu": rate and facts["flop_per_image"] * speed / rate}
-            row |= {"iteration_ms": 1e3 * iteration, "n": len(iterations)}
-            row |= {"r1_adds_ms": 1e3 * (r1 - iteration)}
-            row |= {"peak_gb": facts["peak_bytes"] and facts["peak_bytes"] / 1e9}
-            row |= {"first_step_s": facts["first_step_seconds"]}
-            row |= {f"vs_{base}": faster(content, name, base) for base in BASELINES}
-            row |= {"kept_vs_compiled-bf16": _kept(content, name, "compiled-bf16")}
-            row |= {"skipped_updates": noted["skipped_updates"] or None}
-        rows.append(row | {"error": noted["error"]})
+        turns = [found[name] for found in content["rounds"] if name in found]
+        rows[name] = {"error": noted["error"]}
+        if not turns:
+            continue
+        facts, rate = noted["facts"], content["matmul_rate"]
+        iteration, r1 = (median(turn[key] for turn in turns) for key in ("iteration", "r1"))
+        speed = img_s(facts, {"iteration": iteration, "r1": r1})
+        gain = faster(content, name, above) if above else None
+        # Of the first one only: what failed has no successors that could be compared with it.
+        total = gain and total and gain * total if above else (1.0 if len(rows) == 1 else None)
+        row = {
+            "batch": facts["batch"],
+            "img_s": speed,
+            "mfu": rate and facts["flop_per_image"] * speed / rate,
+            "iteration_ms": 1e3 * iteration,
+            "n": len(turns),
+            "r1_adds_ms": 1e3 * (r1 - iteration),
+            "peak_gb": facts["peak_bytes"] and facts["peak_bytes"] / 1e9,
+            "first_step_s": facts["first_step_seconds"],
+            **{f"vs_{base}": faster(content, name, base) for base in BASELINES},
+            "kept_vs_compiled-bf16": _kept(content, name, "compiled-bf16"),
+            "vs_above": gain,
+            "total": total,
+        }
+        rows[name] |= {key: value for key, value in row.items() if value is not None}
+        above = name
     return content | {"table": rows}
 
 
-def img_s(facts: Content, iteration: float, r1: float) -> float:
-    """On the published schedule: every so many iterations one with R1, which takes `r1` seconds."""
-    return facts["batch"] / (iteration + (r1 - iteration) / facts["interval"])
+def img_s(facts: Content, turn: Content) -> float:
+    """On the published schedule: every so many iterations one with R1."""
+    extra = (turn["r1"] - turn["iteration"]) / facts["interval"]
+    return facts["batch"] / (turn["iteration"] + extra)
 
 
 def faster(content: Content, name: str, base: str) -> float | None:
     """Images per second over those of `base` in the same round, which may have had another batch;
     the median of the rounds that had both."""
-    speeds = [
-        {
-            each: img_s(content["variants"][each]["facts"], median(t["iterations"]), t["r1"])
-            for each, t in found.items()
-        }
+    facts = {each: noted["facts"] for each, noted in content["variants"].items()}
+    both = [
+        img_s(facts[name], found[name]) / img_s(facts[base], found[base])
         for found in content["rounds"]
+        if {name, base} <= found.keys()
     ]
-    both = [speed[name] / speed[base] for speed in speeds if {name, base} <= speed.keys()]
     return median(both) if both else None
 
 
@@ -128,186 +138,97 @@ def _kept(content: Content, name: str, base: str) -> float | None:
     return mine / theirs if mine and theirs else None
 
 
-def gains(content: Content) -> Content:
-    """The ablation with a `table` of its rows: `vs_above`, over the nearest row above that took
-    turns with it, and `total`, over `published`: the product of those."""
-    above: Content = {}
-    for row in content["table"]:
-        for key in [key for key in row if "vs_" in key]:
-            del row[key]
-        if "img_s" in row:
-            gain = faster(content, row["variant"], above["variant"]) if above else None
-            total = above["total"] * gain if gain and above["total"] else None
-            total = 1.0 if row["variant"] == "published" else total
-            row |= {"vs_above": gain, "total": total}
-            above = row
-    return content
-
-
-def pooled(rows: Iterable[Content]) -> float:
-    """Share of the floor over all ops of a pass together, each as often as it occurs."""
-    rows = list(rows)
-    spent = sum(row["count"] * row["seconds"]["median"] for row in rows)
-    return sum(row["count"] * row["floor_seconds"] for row in rows) / spent
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    logarithms = [log(value) for value in values]
-    return exp(fsum(logarithms) / len(logarithms))
-
-
-def ratios(rows: Iterable[Content], mine: str, other: str) -> list[float]:
-    """How many times faster `mine` is than `other`, of every shape and direction of both."""
-    found = {(*_key(row), row["candidate"]): row["seconds"]["median"] for row in rows}
-    keys = [key[:-1] for key in found if key[-1] == mine and (*key[:-1], other) in found]
-    return [found[*key, other] / found[*key, mine] for key in keys]
-
-
-def _key(row: Content) -> tuple[str, ...]:
-    """What is the same for all candidates."""
-    return row["op"], row["network"], row["shape"], row["direction"]
-
-
-def speeds(rows: Iterable[Content], candidate: str, direction: str) -> Content:
-    """A candidate's line of a table: shapes, share of the floor, and how many times faster it is
-    than torch.compile and the library (geometric mean, lowest)."""
-    here = [row for row in rows if row["direction"] == direction]
-    mine = [row for row in here if row["candidate"] == candidate]
-    line: Content = {"shapes": len(mine), "share of floor": pooled(mine) if mine else None}
-    for other in ("compile", "library"):
-        found = ratios(here, candidate, other)
-        line |= {f"x {other}": geometric_mean(found) if found else None}
-        line |= {f"x {other}, lowest": min(found, default=None)}
-    return line
-
-
-def both_ways(rows: Iterable[Content]) -> list[Content]:
-    """Forward and backward as one row."""
-    summed: dict[tuple[str, ...], Content] = {}
-    for row in rows:
-        name = (*_key(row)[:3], row["candidate"])
-        before = summed[name]["seconds"]["median"] if name in summed else 0
-        seconds = {"median": before + row["seconds"]["median"]}
-        summed[name] = row | {"direction": "both", "seconds": seconds}
-    return list(summed.values())
-
-
-def numbers(report: Content) -> dict[str, dict[str, float]]:
-    """Per part its measured numbers by the `id` that a row of benchmarks/targets.json would have.
-
-    rates: copy_bandwidth, matmul_rate_ARITHMETIC, conv_DIRECTION_efficiency. kernels: OP_QUANTITY,
-    of ops that are complete. steps: EXPERIMENT_VARIANT_COLUMN of the tables, with _ for -.
-    """
-    parts = report["parts"]
-    rates = {row["rate"]: row["median"] for row in _table(parts, "rates", "chip")}
-    rates |= {"matmul_rate": rates[BF16]} if BF16 in rates else {}
-    shares = _table(parts, "rates", "convolutions")
-    for name in ("forward", "dgrad", "dgrad_flipped") if shares else ():
-        spent = sum(row["flop"] / row[name] for row in shares)
-        rates[f"conv_{name}_efficiency"] = sum(row["flop"] for row in shares) / spent
-    steps = {
-        f"{experiment}_{row['variant']}_{name}".replace("-", "_"): value
-        for experiment, content in parts.get("steps", {}).items()
-        for row in content["table"]
-        for name, value in row.items()
-        if isinstance(value, float)
-    }
-    rows = [row for content in parts.get("kernels", {}).values() for row in content.get("rows", ())]
-    return {"rates": rates, "kernels": kernel_numbers(rows), "steps": steps}
-
-
-def _table(parts: Content, part: str, case: str) -> list[Content]:
-    return parts.get(part, {}).get(case, {}).get("table", [])
-
-
-def kernel_numbers(rows: list[Content]) -> dict[str, float]:
-    """Of NORM and BLOCK, each where every required candidate was measured at every shape."""
-    found: dict[str, float] = {}
-    for op, function in {NORM: _norm_numbers, BLOCK: _block_numbers}.items():
-        wanted = {
-            (op, case.network.name, str(case.shape), direction, candidate)
-            for case in published(op)
-            for direction in DIRECTIONS
-            for candidate in REQUIRED
-        }
-        mine = [row for row in rows if row["op"] == op]
-        if wanted <= {(*_key(row), row["candidate"]) for row in mine}:
-            found |= {f"{op}_{name}": value for name, value in function(mine).items()}
+def kernel_table(rows: list[Content]) -> Content:
+    """By group of shapes, direction and candidate: share of the floor of all together, each shape
+    as often as a pass has it, and this relative to the other shapes'; how many times faster than
+    torch.compile and the library, and bytes kept over torch.compile's."""
+    found: Content = {}
+    for group, belongs in GROUPS.items():
+        for direction in (*DIRECTIONS, "both"):
+            sums: dict[str, dict[str, Content]] = {}
+            for row in rows:
+                if row["direction"] == direction or direction == "both":
+                    _add(sums.setdefault(row["candidate"], {}), row)
+            for candidate, shapes in sums.items():
+                mine = [shape for shape, row in shapes.items() if belongs(row)]
+                if mine and (group == "all" or candidate == "ours"):
+                    name = f"{group} {direction} {candidate}"
+                    found[name] = _compared(sums, candidate, mine)
     return found
 
 
-def _norm_numbers(rows: list[Content]) -> dict[str, float]:
-    ours = [row for row in rows if row["candidate"] == "ours"]
-    one_pass = [row for row in rows if row["pixels"] <= ONE_PASS_PIXELS]
-    adm = [row for row in ours if row["network"] == "ImageNet-64"]
-    # Channels that apex refuses, against the others: in bytes per second.
-    apexless = [row for row in adm if row["channels"] in (192, 576, 1152)]
-
-    def lowest(direction: str) -> float:
-        mine = [row for row in ours if row["direction"] == direction]
-        names = {row["network"] for row in mine}
-        return min(pooled(row for row in mine if row["network"] == name) for name in names)
-
-    return {
-        "forward_bandwidth": lowest("forward"),
-        "backward_bandwidth": lowest("backward"),
-        "one_pass_vs_compile": geometric_mean(ratios(one_pass, "ours", "compile")),
-        "one_pass_vs_eager": geometric_mean(ratios(one_pass, "ours", "library")),
-        "elsewhere_vs_compile": min(
-            ratios((row for row in rows if row not in one_pass), "ours", "compile")
-        ),
-        "apexless_channels": pooled(apexless) / pooled(row for row in adm if row not in apexless),
-    }
+def _add(shapes: dict[str, Content], row: Content) -> None:
+    """Adds seconds and floor of a direction to those of the same shape."""
+    before = shapes.get(row["shape"], {"spent": 0.0, "floor": 0.0})
+    spent, floor = row["seconds"]["median"], row["floor_seconds"]
+    sums = {"spent": before["spent"] + spent, "floor": before["floor"] + floor}
+    shapes[row["shape"]] = row | sums
 
 
-def _block_numbers(rows: list[Content]) -> dict[str, float]:
-    both = both_ways(rows)
-    narrow = [row for row in both if row["channels"] <= 256]
-    kept = {(*_key(row), row["candidate"]): row["kept_bytes"] for row in rows}
-    shares = [
-        size / kept[*key[:-1], "compile"]
-        for key, size in kept.items()
-        if key[-1] == "ours" and size
-    ]
-    return {
-        "narrow_vs_compile": geometric_mean(ratios(narrow, "ours", "compile")),
-        "vs_compile": min(ratios(both, "ours", "compile")),
-        **({"kept_memory": max(shares)} if shares else {}),
-    }
+def _compared(sums: dict[str, dict[str, Content]], candidate: str, mine: list[str]) -> Content:
+    shapes = sums[candidate]
+
+    def share(names: Iterable[str]) -> float:
+        here = [shapes[name] for name in names]
+        spent = sum(row["count"] * row["spent"] for row in here)
+        return sum(row["count"] * row["floor"] for row in here) / spent
+
+    others = [name for name in shapes if name not in mine]
+    line: Content = {"shapes": len(mine), "share of floor": share(mine)}
+    line["x other shapes"] = share(mine) / share(others) if others else None
+    for base in ("compile", "library"):
+        theirs = sums.get(base, {})
+        times = [theirs[n]["spent"] / shapes[n]["spent"] for n in mine if n in theirs]
+        line[f"x {base}"] = geometric_mean(times) if times else None
+        line[f"x {base}, lowest"] = min(times, default=None)
+    compiled = sums.get("compile", {})
+    kept = [shapes[n]["kept_bytes"] / compiled[n]["kept_bytes"] for n in mine
+            if n in compiled and shapes[n]["kept_bytes"]]  # fmt: skip
+    return line | {"kept x compile, highest": max(kept, default=None)}
 
 
-def record(report: Content, root: Path) -> str:
-    """Writes benchmarks/results/h200-DATE/ below `root` and the rows of targets.json that were
-    measured; returns the folder's name. UserError, and nothing is written, where not all was
-    measured on one GPU for which the targets are."""
-    contents = [each for found in report["parts"].values() for each in found.values()]
-    chips = sorted({each["chip"] for each in contents}) or ["nothing"]
-    if report["dry_run"] or len(chips) > 1 or MACHINE not in chips[0]:
+def value_of(target: Content, results: Mapping[str, Content]) -> float | None:
+    """The number at the target's `path` in its `result_file`, whose last two names are a case's
+    (* for any network: the worst of them); None where one has not been measured."""
+    pattern = "/".join(Path(target["result_file"]).with_suffix("").parts[-2:])
+    found = [content for name, content in results.items() if fnmatch(name, pattern)]
+    try:
+        if not all(each["complete"] and not each.get("failed") for each in found):
+            return None
+        keys = target["path"].split("/")
+        values: list[Any] = [reduce(getitem, keys, each) for each in found]
+        return min(values) if target["metric"].endswith("at least") else max(values)
+    except (LookupError, TypeError, ValueError):
+        return None
+
+
+def record(results: Mapping[str, Content], root: Path) -> str:
+    """Copies the results to benchmarks/results/h200-DATE/ below `root` and writes what was measured
+    into targets.json; returns the folder's name. UserError, and nothing is written, where not all
+    was measured on one GPU for which the targets are."""
+    found = {name: content for name, content in results.items() if content.get("complete")}
+    chips = sorted({content["chip"] for content in found.values()}) or ["nothing"]
+    if len(chips) > 1 or MACHINE not in chips[0]:
         raise UserError(
             f"measured on {', '.join(chips)}, --update, all of it on one {MACHINE}, for which the "
             "targets are, would do"
         )
-    date = max(each["datetime"] for each in contents)[:10]
+    date = max(content["datetime"] for content in found.values())[:10]
     folder = f"benchmarks/results/{MACHINE.lower()}-{date}"
-    targets, measured = read_targets(root), numbers(report)
-    for part, cases in report["parts"].items():
-        found = measured.get(part, {})
-        held = {t["id"]: found[t["id"]] for t in targets if t["id"] in found}
-        about: Content = {"chip": chips[0], "date": date, "dry_run": False, "targets": held}
-        if part == "rates":
-            # By the names that tools/budget.py reads.
-            products = {
-                k.removeprefix(PRODUCT): v for k, v in found.items() if k.startswith(PRODUCT)
-            }
-            about |= found | {"matmul_rates": products}
-        write_json(root / folder / f"{part}.json", about | {"cases": cases})
-        for target in targets:
-            if target["id"] in held:
-                target |= {"value": held[target["id"]], "machine": chips[0], "date": date}
-                target |= {"status": "measured" if is_met(target) else "missed"}
-                target |= {"result_file": f"{folder}/{part}.json"}
+    for name, content in found.items():
+        # Where tools/budget.py finds it.
+        short = "rates" if name == "rates/chip" else name
+        write_json(root / folder / f"{short}.json", content)
+    targets = read_targets(root)
+    for target in targets:
+        value = value_of(target, results)
+        if value is not None:
+            file = "/".join(Path(target["result_file"]).parts[-2:])
+            target |= {"value": value, "machine": chips[0], "date": date}
+            target |= {"status": "measured" if is_met(target) else "missed"}
+            target |= {"result_file": f"{folder}/{file}"}
     write_json(root / "benchmarks/targets.json", targets)
-    write_report(report, root / folder, targets)
+    write_report(results, root / folder, targets)
     return folder
 
 
@@ -319,8 +240,3 @@ def is_met(target: Content) -> bool:
 
 def read_targets(root: Path) -> list[Content]:
     return json.loads((root / "benchmarks/targets.json").read_text())
-
-
-def write_report(report: Content, folder: Path, targets: Iterable[Content]) -> None:
-    with replace_atomically(folder / "report.md") as file:
-        file.write(markdown(report, targets).encode())
