@@ -34,7 +34,7 @@ aot: .venv/.ready ## compile every kernel for sm_80 and sm_90 (no GPU needed): r
 	@$(PYTHON) -m fastgan_kernels.aot --check
 
 bench: .venv/.ready ## kernel benchmarks; on a machine without a GPU tiny ones that are no speeds
-	@$(PYTHON) -m benchmarks
+	@$(PYTHON) -m pytest benchmarks
 
 budget: .venv/.ready ## what the published experiments cost on A100, H100, H200: computed, with a plot
 	@$(PYTHON) tools/budget.py --plot docs/images/budget.png

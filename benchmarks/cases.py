@@ -25,6 +25,8 @@ LIBRARY = "library,frozen_conv2d=reference"
 REQUIRED = {"library": LIBRARY, "compile": LIBRARY, "ours": "triton"}
 Inputs = dict[str, Any]
 """Tensors by argument name."""
+Normal = Callable[..., Tensor]
+"""(*size, std=1, dtype=DTYPE) -> random numbers, images channels_last."""
 
 
 @dataclass(frozen=True)
@@ -140,13 +142,17 @@ class Op:
     """
 
     name: str
-    inputs: Callable[[Case, Callable[..., Tensor]], Inputs]
+    inputs: Callable[[Case, Normal], Inputs]
     call: Callable[[Callable[..., Tensor], Case, Inputs], Tensor]
     ours: Callable[..., Tensor]
     exact: Callable[..., Tensor]
     floor: Callable[[Case, str], tuple[float, float]]
     others: Mapping[str, str] = field(default_factory=dict)
     largest: bool = True
+
+    @property
+    def candidates(self) -> list[str]:
+        return [*REQUIRED, *self.others]
 
     def function(self, case: Case, candidate: str) -> Callable[[Inputs], Tensor]:
         """The candidate; it asks dispatch, which is told here."""
@@ -157,6 +163,22 @@ class Op:
         torch._dynamo.reset()
         backend = "inductor" if ON_GPU else "aot_eager"
         return torch.compile(call, backend=backend, fullgraph=True, dynamic=False)
+
+
+def norm_parameters(normal: Normal, channels: int) -> tuple[Tensor, Tensor]:
+    """Weight and bias; parameters of norms are float32 masters."""
+    weight, bias = (normal(channels, std=0.3, dtype=torch.float32) for _ in range(2))
+    return 1 + weight, bias
+
+
+def kernel(normal: Normal, cin: int, cout: int, side: int = 3) -> Tensor:
+    """Frozen, of a size that keeps the deviation."""
+    return normal(cout, cin, side, side, std=(cin * side**2) ** -0.5)
+
+
+def training(tensors: Inputs) -> Inputs:
+    """The same, asking for gradients."""
+    return {name: value.requires_grad_() for name, value in tensors.items()}
 
 
 def make(op: Op, case: Case) -> Inputs:
@@ -198,17 +220,26 @@ def calls(
     return [gradients(function(each), each) for each in sets]
 
 
+def prepare() -> None:
+    """Before anything is measured in this process."""
+    # PyTorch otherwise refuses to run a compiled backward a second time on the same forward.
+    torch._functorch.config.donated_buffer = False
+    torch.backends.cudnn.benchmark = True
+
+
+def measurable(op: Op) -> list[Case]:
+    """The published cases; without a GPU tiny ones."""
+    return published(op.name) if ON_GPU else tiny(published(op.name))
+
+
 def rows(op: Op, words: Iterable[str] = ()) -> Iterator[measure.Content]:
     """Measures `op` where all `words` are in OP-NETWORK-SHAPE-CANDIDATE: a row per case, candidate
     and direction. A candidate that is less accurate than the tests of kernels allow, or breaks, is
     one row with `failed`, a line, and no time."""
-    # PyTorch otherwise refuses to run a compiled backward a second time on the same forward.
-    torch._functorch.config.donated_buffer = False
-    torch.backends.cudnn.benchmark = True
+    prepare()
     copied, multiplied = (f()["median"] for f in (measure.copy_bandwidth, measure.product_rate))
-    for case in published(op.name) if ON_GPU else tiny(published(op.name)):
-        chosen = [n for n in (*REQUIRED, *op.others)
-                  if all(word in f"{op.name}-{case}-{n}" for word in words)]  # fmt: skip
+    for case in measurable(op):
+        chosen = [n for n in op.candidates if all(w in f"{op.name}-{case}-{n}" for w in words)]
         with measure.one_stream():
             right = truth(op, case) if chosen else None
         for candidate in chosen:
@@ -236,15 +267,20 @@ def truth(op: Op, case: Case) -> tuple[Inputs, Inputs]:
     return plain, results(partial(op.call, op.exact, case), double)
 
 
-def _measured(op: Op, case: Case, candidate: str, right: Any) -> list[measure.Content]:
-    """Seconds of both directions, and bytes kept; AssertionError where it is not accurate."""
+def accurate(op: Op, case: Case, candidate: str, right: Any) -> Callable[[Inputs], Tensor]:
+    """The candidate's function; AssertionError where its result or a gradient is not accurate."""
     # The tests' yardstick of accuracy is the benchmarks' too.
     sys.path.append(str(Path(__file__).resolve().parent.parent / "tests/kernels"))
     from oracle import assert_as_accurate
 
     function = op.function(case, candidate)
     assert_as_accurate(results(function, make(op, case)), *right, largest=op.largest)
-    inputs = make(op, case)
+    return function
+
+
+def _measured(op: Op, case: Case, candidate: str, right: Any) -> list[measure.Content]:
+    """Seconds of both directions, and bytes kept."""
+    function, inputs = accurate(op, case, candidate, right), make(op, case)
     # x, which is there before, is counted too.
     kept = measure.kept_bytes(lambda: function(inputs), inputs["x"].nbytes)
     found = []

@@ -90,18 +90,23 @@ def _replay(calls: Sequence[Call]) -> Call:
 
 def per_call(calls: Sequence[Call]) -> list[float]:
     """Seconds per call in ROUNDS rounds, each of at least ROUND_SECONDS, after warm-up."""
-
-    def clocked(turns: int) -> float:
-        start = seconds()
-        for _ in range(turns):
-            replay()
-        return seconds() - start
-
     with one_stream():
-        replay = _replay(calls)
-        once = min(clocked(1) for _ in range(4)) if ON_GPU else ROUND_SECONDS
-        turns = max(1, ceil(ROUND_SECONDS / once))
-        return [clocked(turns) / (turns * len(calls)) for _ in range(ROUNDS)]
+        replay, turns = warmed_up(calls)
+        return [_clocked(replay, turns) / (turns * len(calls)) for _ in range(ROUNDS)]
+
+
+def warmed_up(calls: Sequence[Call]) -> tuple[Call, int]:
+    """What runs each of `calls` once, on a GPU as one graph; how often in ROUND_SECONDS."""
+    replay = _replay(calls)
+    once = min(_clocked(replay, 1) for _ in range(4)) if ON_GPU else ROUND_SECONDS
+    return replay, max(1, ceil(ROUND_SECONDS / once))
+
+
+def _clocked(run: Call, turns: int) -> float:
+    start = seconds()
+    for _ in range(turns):
+        run()
+    return seconds() - start
 
 
 def copies(bytes_per_call: int) -> int:
