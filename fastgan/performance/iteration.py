@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import torch
 from fastgan_kernels.dispatch import twice_differentiable
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -159,13 +159,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Iteration:
-    """An experiment's iteration and its numbers of parameters."""
+    """An experiment's iteration."""
 
     work: tuple[Work, ...]
-    parameters: int
-    """Of the generator, `trained` of them."""
     trained: int
+    """Parameters of the generator that train."""
     heads: int
+    """Those of the heads."""
 
     @property
     def flop(self) -> float:
@@ -283,11 +283,5 @@ def _iteration(config: cfg.TrainConfig, generator: Precond, d: Discriminator) ->
             )
             for x, y in zip(attacked.found, trained.found, strict=True)
         ]
-    parameters = list(generator.parameters())
-    trained_ones = [p for p in parameters if p.requires_grad]
-    sizes = map(_numbers, (parameters, trained_ones, d.trainable_parameters()))
-    return Iteration(tuple(work), *sizes)
-
-
-def _numbers(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(p.numel() for p in parameters)
+    trains = sum(p.numel() for p in generator.parameters() if p.requires_grad)
+    return Iteration(tuple(work), trains, sum(p.numel() for p in d.trainable_parameters()))

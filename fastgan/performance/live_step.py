@@ -115,8 +115,6 @@ _SMALL = {
     "img_resolution": 16,
     "img_channels": 3,
 }
-_NARROW = {"cifar10_narrow": "cifar10_uncond"}
-"""Experiments whose network comes from a file that cannot be presumed here."""
 
 
 def tiny_overrides(experiment: str) -> list[str]:
@@ -125,8 +123,7 @@ def tiny_overrides(experiment: str) -> list[str]:
 
     An experiment whose network ships with the package keeps it, and its discriminator.
     """
-    dataset = _dataset_of(experiment)
-    published = PUBLISHED_NETWORKS.get(_NARROW.get(dataset, dataset))
+    published = PUBLISHED_NETWORKS.get(_dataset_of(experiment))
     if published is None:
         return ["batch=2"]
     entries = ", ".join(f"{key}: {value}" for key, value in {**published, **_SMALL}.items())
