@@ -11,14 +11,14 @@ import numpy as np
 import torch
 
 from fastgan import config as cfg
+from fastgan.checkpoint.network_file import load_network_file
 from fastgan.common.distributed import World
 from fastgan.common.errors import UserError
 from fastgan.data import ImageDataset
-from fastgan.launch import build
+from fastgan.launch import build, checks
 from fastgan.launch.cli import compose
 from fastgan.launch.engine import make_step, prepare_process, step_settings
 from fastgan.models.build import PUBLISHED_NETWORKS
-from fastgan.performance.iteration import architecture_of
 from fastgan.training.state import StepResult
 from fastgan.training.step import PlainStep
 
@@ -103,6 +103,14 @@ def live_step(config: cfg.TrainConfig, device: torch.device) -> LiveStep:
     build.prepare_generator(config, network)
     step = make_step(config, step_settings(config, world), network, discriminator, world)
     return LiveStep(config, step, build.batches(data, config, network.label_dim, world))
+
+
+def architecture_of(config: cfg.TrainConfig) -> Mapping[str, Any]:
+    """The generator's, of init.path or init.network. UserError: no such file, or none of ours."""
+    path = config.init.path
+    if path is None:
+        return config.init.network
+    return load_network_file(checks.existing(path, "init.path")).config
 
 
 # A small network, for tests and dry runs. 64 channels at the bottom: less gives an ADM block no

@@ -30,8 +30,7 @@ from fastgan.common import distributed
 from fastgan.common.errors import UserError
 from fastgan.common.files import replace_atomically
 from fastgan.launch import checks
-from fastgan.performance.iteration import architecture_of
-from fastgan.performance.live_step import LiveStep, live_step
+from fastgan.performance.live_step import LiveStep, architecture_of, live_step
 from fastgan.performance.machines import full_speed
 
 # Before the clock: compilation and trials of algorithms are over by then.

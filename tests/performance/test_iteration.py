@@ -12,13 +12,17 @@ from fastgan import config as cfg
 from fastgan.models.unet_block import UNetBlock
 from fastgan.performance.iteration import (
     Layers,
-    architecture_of,
     count_iteration,
     flop,
     iteration_flop,
     meta_networks,
 )
-from fastgan.performance.live_step import live_step, measured_config, tiny_overrides
+from fastgan.performance.live_step import (
+    architecture_of,
+    live_step,
+    measured_config,
+    tiny_overrides,
+)
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 # G: GFLOP forward (convolutions, attention), M elements through norms, M parameters that train.
