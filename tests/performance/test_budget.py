@@ -2,9 +2,7 @@
 
 import json
 import re
-import runpy
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from fastgan.performance.iteration import Iteration, Layer, Work, count_iteratio
 from fastgan.performance.live_step import measured_config
 from fastgan.performance.machines import MACHINES, assumptions, full_speed
 from fastgan.training.monitor import Monitor
+from tests.performance.conftest import Tool
 
 ROOT = Path(__file__).parents[2]
 A100 = MACHINES[0]
@@ -31,26 +30,24 @@ def of_one_layer(layer: Layer, gpus: int = 1, images: int = 8, **changes: float)
     return Model(counted, cfg.Precision.bf16, gpus, images, assumed | changes)
 
 
-def test_a_layer_bound_by_arithmetic() -> None:
-    layer = Layer("product", 10**12, moved=1, moved_back=1)
+HEAVY = Layer("product", 10**12, moved=1, moved_back=1)
+NORM = Layer("norm", moved=2 * 10**9, moved_back=3 * 10**9, trains=True, input_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("layer", "floor", "busy"),
+    [
+        (HEAVY, 4e12 / (0.75 * 312e12), (2 / 0.5 + 2 / 0.25) * 1e12 / (0.8 * 312e12)),
+        # One pass backward gives both gradients; 2 bytes an element.
+        (NORM, 2 * (2 * 2e9 + 3e9) / 2.039e12, 2 * (2 * 2e9 + 3e9) / (0.8 * 2.039e12)),
+        (Layer("product", 1), 0, 4 * 5e-6 / 8),
+    ],
+    ids=["arithmetic", "memory", "the least time"],
+)
+def test_what_bounds_a_layer(layer: Layer, floor: float, busy: float) -> None:
     model = of_one_layer(layer, conv_forward_efficiency=0.5, conv_dgrad_efficiency=0.25)
-    seconds = 8 * (2 / 0.5 + 2 / 0.25) * 1e12 / (0.8 * 312e12)
-    assert model.expected_seconds() == pytest.approx(seconds / 0.9, rel=1e-4)
-    assert model.floor_seconds() == pytest.approx(8 * 4e12 / (0.75 * 312e12), rel=1e-4)
-
-
-def test_a_norm_bound_by_memory() -> None:
-    """One pass backward gives both gradients; 2 bytes an element."""
-    layer = Layer("norm", moved=2 * 10**9, moved_back=3 * 10**9, trains=True, input_grad=True)
-    seconds = 8 * 2 * (2 * 2e9 + 3e9) / 2.039e12
-    model = of_one_layer(layer)
-    assert model.floor_seconds() == pytest.approx(seconds, rel=1e-3)
-    assert model.expected_seconds() == pytest.approx(seconds / 0.8 / 0.9, rel=1e-3)
-
-
-def test_a_small_layer_takes_the_least_time() -> None:
-    model = of_one_layer(Layer("product", 1), images=1)
-    assert model.expected_seconds() == pytest.approx(4 * 5e-6 / 0.9, rel=1e-3)
+    assert model.floor_seconds() == pytest.approx(8 * floor, rel=1e-3, abs=1e-7)
+    assert model.expected_seconds() == pytest.approx(8 * busy / 0.9, rel=1e-3)
 
 
 def test_weights_and_updates_are_traffic_once_per_iteration() -> None:
@@ -126,27 +123,10 @@ def test_a_tick_reports_mfu_where_it_is_known(tmp_path: Path, speed: float | Non
         assert line["Timing/mfu"] == pytest.approx(line["Timing/img_per_sec"] / speed)
 
 
-@pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[object, str, str]]:
-    """tools/budget.py without a process of its own: status, stdout, stderr."""
-
-    def call(*arguments: str) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", ["budget.py", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / "tools/budget.py"), run_name="__main__")
-        return (ended.value.code, *capsys.readouterr())
-
-    return call
-
-
-def test_the_command_answers_in_a_table_and_a_picture(
-    command: Callable[..., tuple[object, str, str]], tmp_path: Path
-) -> None:
+def test_the_command_answers_in_a_table_and_a_picture(tool: Tool, tmp_path: Path) -> None:
     plot = tmp_path / "plot.png"
     asked = ("--experiment", "ffhq64_d2o_f", "demo", "--set", "batch=24", "--plot", str(plot))
-    code, text, err = command(*asked)
+    code, text, err = tool("budget.py", *asked)
     assert (code or 0, err) == (0, "")
     assert "no speed here was measured" in text
     assert len(re.findall(r"(?m)^demo +H200 +8 +3 +[\d,]+ +[\d,]+ +\d+\.\d\d$", text)) == 1
@@ -164,10 +144,8 @@ def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_prints_what_others_read(
-    command: Callable[..., tuple[object, str, str]],
-) -> None:
-    _, out, _ = command("--json", "--experiment", "demo", "--set", "batch=48")
+def test_the_command_prints_what_others_read(tool: Tool) -> None:
+    _, out, _ = tool("budget.py", "--json", "--experiment", "demo", "--set", "batch=48")
     rows = json.loads(out)
     keys = "experiment machine gpus batch precision computed g_forward_gflop d_forward_gflop "
     keys += "iteration_gflop allreduce_bytes batch_gpu floor_img_s expected_img_s hours_5m problem "
@@ -186,9 +164,7 @@ def test_the_command_prints_what_others_read(
         (["--plot"], "--plot"),
     ],
 )
-def test_a_mistake_is_one_line(
-    arguments: list[str], said: str, command: Callable[..., tuple[object, str, str]]
-) -> None:
-    code, out, err = command(*arguments)
+def test_a_mistake_is_one_line(arguments: list[str], said: str, tool: Tool) -> None:
+    code, out, err = tool("budget.py", *arguments)
     assert (code, out, len(err.splitlines())) == (1, "", 1)
     assert err.startswith("error: ") and said in err

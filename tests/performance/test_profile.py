@@ -1,9 +1,6 @@
 """Where a step's time goes: kinds by name, traces to shares, and the command on a small network."""
 
 import json
-import runpy
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +11,8 @@ from fastgan_kernels.aot.__main__ import builds
 from fastgan.performance import profile
 from fastgan.performance.profile import KINDS, kind_of, read_events, summary, table
 from tests.command_line import network_file
+from tests.performance.conftest import Tool
 
-TOOL = Path(__file__).parents[2] / "tools" / "profile_step.py"
 ATEN = "void at::native::"
 ELEMENTWISE = ATEN + "vectorized_elementwise_kernel<4, at::native::"
 WINDOW = "step"
@@ -180,31 +177,14 @@ def test_a_trace_of_a_cpu_counts_self_times() -> None:
     assert {k: round(1e3 * ms) for k, ms in found["phases"]["D"].items()} == {"copies": 10}
 
 
-@pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[object, str, str]]:
-    """The command without a process of its own: status, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        return (ended.value.code, *capsys.readouterr())
-
-    return call
-
-
-def test_the_command(
-    tmp_path: Path,
-    command: Callable[..., tuple[object, str, str]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_command(tmp_path: Path, tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "WARMUP", 1)
     out = tmp_path / "new" / "folder"
     init = f"init.path={network_file(tmp_path / 'tiny.safetensors')}"
     small = ("--tiny", "device=cpu", init, "loss.r1_interval=2", "share_fakes=false")
-    code, told, _ = command("experiment=demo", *small, "--iterations", 1, "--out", out)
+    code, told, _ = tool(
+        "profile_step.py", "experiment=demo", *small, "--iterations", 1, "--out", out
+    )
     assert code == 0
     assert sorted(p.name for p in out.iterdir()) == ["profile.json", "trace.json.gz"]
     report = json.loads((out / "profile.json").read_text())
@@ -242,13 +222,10 @@ def test_the_command(
     ],
 )
 def test_mistakes_are_one_line(
-    arguments: list[object],
-    told: str,
-    command: Callable[..., tuple[object, str, str]],
-    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[object], told: str, tool: Tool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    status, out, error = command(*arguments)
+    status, out, error = tool("profile_step.py", *arguments)
     assert (status, out) == (1, "")
     assert error.startswith("error: ") and error.count("\n") == 1
     assert told in error
