@@ -1,5 +1,5 @@
-"""What a fine-tune costs on A100, H100 and H200: floor, expected speed, hours, memory. Computed
-from the networks' own counts, not measured. See docs/budget.md."""
+"""What a fine-tune costs on A100, H100 and H200: floor, expected speed, hours. Computed from the
+networks' own counts, not measured. See docs/budget.md."""
 
 import json
 from pathlib import Path
@@ -12,20 +12,18 @@ def main() -> int:
     options = _parser().parse_args()
     # Imported here: PyTorch takes seconds that help and mistakes need not wait.
     from fastgan.performance.budget import budgets, report, save_plot
-    from fastgan.performance.machines import measured_rates
 
     experiments = options.experiment or [f"{name}_d2o_f" for name in PUBLISHED_NETWORKS]
-    measured = measured_rates()
-    found = [b for name in experiments for b in budgets(name, options.set, measured)]
+    rows = [row for name in experiments for row in budgets(name, options.set)]
     if options.plot is not None:
-        save_plot(found, options.plot)
-    print(json.dumps([b.as_json() for b in found], indent=1) if options.json else report(found))
+        save_plot(rows, options.plot)
+    print(json.dumps(rows, indent=1) if options.json else report(rows))
     return 0
 
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="a JSON list instead of tables")
+    parser.add_argument("--json", action="store_true", help="a JSON list instead of the table")
     parser.add_argument(
         "--experiment",
         nargs="+",

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: a Chrome trace, a table by kind, img/s, MFU, memory.
+"""Where the time of a training step goes: a Chrome trace, a table by phase and kind, img/s, MFU.
 
 Random weights and noise as data, nothing to download. See docs/profiling.md.
 """
@@ -10,7 +10,7 @@ import torch
 from fastgan.common.errors import ArgumentParser, UserError, run_command
 from fastgan.launch import checks
 from fastgan.performance.live_step import measured_config, tiny_overrides
-from fastgan.performance.profile import Request, profile_step, table
+from fastgan.performance.profile import profile_step, table
 
 
 def main() -> None:
@@ -22,9 +22,8 @@ def main() -> None:
     config = measured_config(experiment, overrides)
     checks.check_train(config)
     out = options.out or Path("runs", "profile", f"{experiment}-{config.engine.value}")
-    request = Request(experiment, options.iterations, options.warmup, options.r1, options.tiny, out)
-    print(table(profile_step(config, request)))
-    print(f"\n{out}: profile.json, and traces to open in https://ui.perfetto.dev")
+    print(table(profile_step(config, out, options.iterations)))
+    print(f"\n{out}: profile.json, and trace.json.gz to open in https://ui.perfetto.dev")
 
 
 def _parser() -> ArgumentParser:
@@ -38,10 +37,6 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--iterations", type=int, default=10, help="on the clock, without R1 (default: 10)"
     )
-    parser.add_argument(
-        "--warmup", type=int, default=3, help="before that, compiling included (default: 3)"
-    )
-    parser.add_argument("--r1", action="store_true", help="profile iterations with R1 as well")
     parser.add_argument(
         "--tiny", action="store_true", help="shrunk networks and batch; on the CPU without a GPU"
     )

@@ -23,25 +23,25 @@ generator.checkpoint, and shared fakes in G's step where a batch takes several r
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from fastgan_kernels.dispatch import twice_differentiable
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from fastgan import config as cfg
-from fastgan.checkpoint.network_file import load_network_file
 from fastgan.common.noise import seeded
 from fastgan.discriminator.base import Discriminator
 from fastgan.discriminator.diffusion_features import DiffusionDiscriminator
-from fastgan.discriminator.projected import build_projected
-from fastgan.launch.checks import existing
+from fastgan.launch import build
 from fastgan.models import Precond, network_from_config
 from fastgan.models.freeze import freeze
 from fastgan.models.sampling import few_step
+from fastgan.performance.live_step import NoiseImages, architecture_of
 
 Kind = Literal["product", "attention", "norm"]
 Part = Literal["generator", "features", "heads"]
@@ -159,13 +159,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Iteration:
-    """An experiment's iteration and its numbers of parameters."""
+    """An experiment's iteration."""
 
     work: tuple[Work, ...]
-    parameters: int
-    """Of the generator, `trained` of them."""
     trained: int
+    """Parameters of the generator that train."""
     heads: int
+    """Those of the heads."""
 
     @property
     def flop(self) -> float:
@@ -212,44 +212,20 @@ def meta_networks(
     config: cfg.TrainConfig, architecture: Mapping[str, Any]
 ) -> tuple[Precond, Discriminator]:
     """Generator and discriminator of `config` as they train, without any weights."""
-    # The constructors draw from the global generator, although there is nothing to draw for.
-    with META, seeded(0):
-        generator = _network(architecture)
-        discriminator = _discriminator(config.discriminator, generator)
-    freeze(generator.train(), config.freeze.level)
-    return generator, discriminator.train()
-
-
-def _discriminator(d: cfg.DiscriminatorConfig, generator: Precond) -> Discriminator:
-    """As fastgan.launch.build makes it, with random weights instead of files."""
-    label_dim = generator.label_dim
-    if d.kind is cfg.DiscriminatorKind.projected:
-        weights = dict.fromkeys(d.backbones, "random")
-        return build_projected(list(d.backbones), weights, label_dim=label_dim, augment=d.augment)
-    encoder, unet = generator, generator.model
-    if d.network is not None:
-        encoder = _network(_described(d.network, "discriminator.network"))
-    shape = (unet.img_channels, unet.img_resolution, unet.img_resolution)
-    return DiffusionDiscriminator(
-        encoder, shape, width=d.width, label_dim=label_dim, augment=tuple(d.augment)
-    )
-
-
-def _network(architecture: Mapping[str, Any]) -> Precond:
-    # Where no dataset says otherwise; fastgan.performance.live_step measures with the same.
-    images = {"img_resolution": 32, "img_channels": 3}
+    without = replace(config.discriminator, class_embedding=None)
+    without.weights = dict.fromkeys(without.backbones, "random")
+    data = NoiseImages(architecture, 1)
+    images = {"img_resolution": data.resolution, "img_channels": data.channels}
     fixed = {"precond": "D2OPrecond", "dropout": 0.0}
-    return network_from_config({**images, **architecture, **fixed})
-
-
-def architecture_of(config: cfg.TrainConfig) -> Mapping[str, Any]:
-    """The generator's, of init.path or init.network. UserError: no such file, or none of ours."""
-    path = config.init.path
-    return config.init.network if path is None else _described(path, "init.path")
-
-
-def _described(path: str, key: str) -> Mapping[str, Any]:
-    return load_network_file(existing(path, key)).config
+    # The constructors draw from the global generator, although there is nothing to draw for.
+    with seeded(0):
+        with META:
+            generator = network_from_config({**images, **architecture, **fixed})
+        # An encoder of the discriminator's own comes from a file, onto the CPU.
+        with META if without.network is None else nullcontext():
+            d = build.discriminator(replace(config, discriminator=without), generator, data)
+    freeze(generator.train(), config.freeze.level)
+    return generator, d.to(META).train()
 
 
 def _iteration(config: cfg.TrainConfig, generator: Precond, d: Discriminator) -> Iteration:
@@ -283,11 +259,5 @@ def _iteration(config: cfg.TrainConfig, generator: Precond, d: Discriminator) ->
             )
             for x, y in zip(attacked.found, trained.found, strict=True)
         ]
-    parameters = list(generator.parameters())
-    trained_ones = [p for p in parameters if p.requires_grad]
-    sizes = map(_numbers, (parameters, trained_ones, d.trainable_parameters()))
-    return Iteration(tuple(work), *sizes)
-
-
-def _numbers(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(p.numel() for p in parameters)
+    trains = sum(p.numel() for p in generator.parameters() if p.requires_grad)
+    return Iteration(tuple(work), trains, sum(p.numel() for p in d.trainable_parameters()))

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 
 from fastgan import config as cfg
+from fastgan.checkpoint.network_file import load_network_file
 from fastgan.common.distributed import World
 from fastgan.common.errors import UserError
 from fastgan.data import ImageDataset
-from fastgan.launch import build
+from fastgan.launch import build, checks
 from fastgan.launch.cli import compose
 from fastgan.launch.engine import make_step, prepare_process
 from fastgan.models.build import PUBLISHED_NETWORKS
-from fastgan.performance.iteration import architecture_of
 from fastgan.training.state import StepResult
 from fastgan.training.step import PlainStep
 
@@ -105,6 +105,14 @@ def live_step(config: cfg.TrainConfig, device: torch.device) -> LiveStep:
     return LiveStep(config, step, build.batches(data, config, network.label_dim, world))
 
 
+def architecture_of(config: cfg.TrainConfig) -> Mapping[str, Any]:
+    """The generator's, of init.path or init.network. UserError: no such file, or none of ours."""
+    path = config.init.path
+    if path is None:
+        return config.init.network
+    return load_network_file(checks.existing(path, "init.path")).config
+
+
 # A small network, for tests and dry runs. 64 channels at the bottom: less gives an ADM block no
 # attention head.
 _SMALL = {
@@ -115,8 +123,6 @@ _SMALL = {
     "img_resolution": 16,
     "img_channels": 3,
 }
-_NARROW = {"cifar10_narrow": "cifar10_uncond"}
-"""Experiments whose network comes from a file that cannot be presumed here."""
 
 
 def tiny_overrides(experiment: str) -> list[str]:
@@ -125,8 +131,7 @@ def tiny_overrides(experiment: str) -> list[str]:
 
     An experiment whose network ships with the package keeps it, and its discriminator.
     """
-    dataset = _dataset_of(experiment)
-    published = PUBLISHED_NETWORKS.get(_NARROW.get(dataset, dataset))
+    published = PUBLISHED_NETWORKS.get(_dataset_of(experiment))
     if published is None:
         return ["batch=2"]
     entries = ", ".join(f"{key}: {value}" for key, value in {**published, **_SMALL}.items())

@@ -13,33 +13,33 @@ import json
 import os
 import re
 import sys
-import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function, schedule
+from torch.profiler import profile, record_function, schedule
+from torch.utils.benchmark import timer
 
 from fastgan import config as cfg
+from fastgan.common import distributed
 from fastgan.common.errors import UserError
 from fastgan.common.files import replace_atomically
 from fastgan.launch import checks
-from fastgan.performance.iteration import iteration_flop
-from fastgan.performance.live_step import LiveStep, live_step
-from fastgan.performance.machines import product_rate
+from fastgan.performance.live_step import LiveStep, architecture_of, live_step
+from fastgan.performance.machines import full_speed
 
-WINDOW = "profiled iterations"
-"""The range that the analysis is confined to."""
-# Their trace still opens in a browser: an iteration of the largest network has some 1e5 events.
+# Before the clock: compilation and trials of algorithms are over by then.
+WARMUP = 3
+# In each window. The trace still opens in a browser: an iteration of the largest network has some
+# 1e5 events.
 PROFILED_ITERATIONS = 2
 _NOTE = "measured on a CPU: a check that everything runs, none of these numbers is a speed"
+TRACE = "trace.json.gz"
 GAPS, OUTSIDE = "gaps", "outside"
 _LAUNCHES = ("cuda_runtime", "cuda_driver")
 KINDS = ("convolution", "norm", "attention", "optimiser", "copies", "resampling", "other")
@@ -109,9 +109,9 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 
 def summary(
-    events: Iterable[dict[str, Any]], iterations: int, *, on_device: bool
+    events: Iterable[dict[str, Any]], window: str, iterations: int, *, on_device: bool
 ) -> dict[str, Any]:
-    """Milliseconds per iteration inside the trace's range WINDOW, which holds `iterations`.
+    """Milliseconds per iteration inside the trace's range `window`, which holds `iterations`.
 
     `phases` has them by path of phases (G/generate; G itself is what is in none of its parts, its
     backward pass first of all) and kind, `kinds` without the phases: with `gaps` these add up to
@@ -125,11 +125,10 @@ def summary(
     spans.sort(key=lambda span: (span.start, -span.end))
     host = [s for s in spans if s.category in ("cpu_op", "user_annotation", *_LAUNCHES)]
     _nest(host)
-    window = next(span for span in host if span.name == WINDOW)
+    inside = next(span for span in host if span.name == window)
     ranges = [s for s in host if s.name.startswith("step/")]
-    ran = _on_device(spans, host, window) if on_device else _on_host(host, window)
+    ran = _on_device(spans, host, inside) if on_device else _on_host(host, inside)
     phases: dict[str, Counter[str]] = {}
-    longest: Counter[tuple[str, str]] = Counter()
     for span, launch, nanoseconds in ran:
         moment = launch.start if launch else -1.0
         path = [s.name.removeprefix("step/") for s in ranges if s.start <= moment < s.end]
@@ -138,12 +137,10 @@ def summary(
         names = [n for n in names if not n.startswith("autograd::engine::evaluate_function")]
         kind = kind_of([span.name, *names], path[-1] if path else None)
         phases.setdefault("/".join(path) or OUTSIDE, Counter())[kind] += nanoseconds
-        longest[span.name, kind] += nanoseconds
 
     per_iteration = 1 / 1e6 / iterations
-    total = 1e3 * (window.end - window.start) * per_iteration
+    total = 1e3 * (inside.end - inside.start) * per_iteration
     kinds = {kind: per_iteration * sum(p[kind] for p in phases.values()) for kind in KINDS}
-    counted = [s for s in spans if s.category == ("kernel" if on_device else "cpu_op")]
     return {
         "milliseconds": total,
         "kinds": kinds | {GAPS: total - sum(kinds.values())},
@@ -151,11 +148,6 @@ def summary(
             path: {kind: per_iteration * spent for kind, spent in phases[path].items()}
             for path in sorted(phases)
         },
-        "launches": sum(window.start <= s.start < window.end for s in counted) / iterations,
-        "longest": [
-            {"name": name, "kind": kind, "milliseconds": per_iteration * spent}
-            for (name, kind), spent in longest.most_common(25)
-        ],
     }
 
 
@@ -200,201 +192,128 @@ def _on_host(host: Iterable[Span], window: Span) -> _Ran:
     return [(span, span, round(1e3 * own[id(span)])) for span in inside]
 
 
-@dataclass(frozen=True)
-class Request:
-    """What to measure: iterations on the clock after `warmup` others, and R1's too if `r1`."""
+def profile_step(config: cfg.TrainConfig, out: Path, iterations: int = 10) -> dict[str, Any]:
+    """Measures the step of `config`; leaves trace.json.gz and profile.json in folder `out`.
 
-    experiment: str
-    iterations: int
-    warmup: int
-    r1: bool
-    tiny: bool
-    out: Path
-
-
-def profile_step(config: cfg.TrainConfig, request: Request) -> dict[str, Any]:
-    """Measures the step of `config`; leaves traces and profile.json in the request's folder.
-
-    Returns what profile.json holds; times in it are per iteration. UserError: a setting that cannot
+    The speed is that of `iterations` iterations without R1; a profile of those with R1 (where they
+    differ) comes beside theirs. Returns what profile.json holds. UserError: a setting that cannot
     run here, a folder that cannot be written, too little memory.
     """
-    device = torch.device(config.device.value)
-    _check(config, request, device)
-    try:
-        report = _provenance(config, request, device) | _measured(config, request, device)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory with {config.batch_gpu or config.batch} images per pass, "
-            f"on {torch.cuda.get_device_name(device)}, a smaller batch_gpu would fit"
-        ) from error
-    with replace_atomically(request.out / "profile.json") as file:
-        file.write((json.dumps(report, indent=1) + "\n").encode())
-    return report
-
-
-def _check(config: cfg.TrainConfig, request: Request, device: torch.device) -> None:
-    for option, value in (("iterations", request.iterations), ("warmup", request.warmup)):
-        if value < 1:
-            raise UserError(f"--{option} {value} is out of range, 1 or more would be right")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda, but no GPU is there, device=cpu would be a dry run")
+    if iterations < 1:
+        raise UserError(f"--iterations {iterations} is out of range, 1 or more would be right")
     if config.batch_gpu == checks.AUTO:
         raise UserError(
             "batch_gpu=auto is settled by trials of a training, a profile has none, batch_gpu=N "
             "with the number in the training's log would be right"
         )
-    if request.r1 and not config.loss.r1_interval:
-        raise UserError(
-            "R1 is off, --r1 with loss.r1_interval=0, loss.r1_interval=16 would be published"
-        )
     try:
-        request.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot be made ({error.strerror}), {request.out}, --out FOLDER would name another"
+            f"cannot be made ({error.strerror}), {out}, --out FOLDER would name another"
         ) from error
+    world = distributed.init(config.device.value)
+    try:
+        report = _settings(config, world.device) | _measured(config, out, iterations, world)
+    except torch.OutOfMemoryError as error:
+        raise UserError("out of memory, on the GPU, a smaller batch would be right") from error
+    with replace_atomically(out / "profile.json") as file:
+        file.write((json.dumps(report, indent=1) + "\n").encode())
+    return report
 
 
-def _measured(config: cfg.TrainConfig, request: Request, device: torch.device) -> dict[str, Any]:
-    # First, while there is memory; on a CPU nothing is a speed, nor a share of one.
-    rate = median(product_rate(device, torch.bfloat16)) if device.type == "cuda" else None
-    # Of an iteration without R1, as those on the clock are.
-    flop = iteration_flop(replace(config, loss=replace(config.loss, r1_interval=0)))
-    interval = config.loss.r1_interval
-    plain = (k for k in count(1) if not interval or k % interval)
-    live = live_step(config, device)
-    with live.draw:
-        found = _clocked(live, plain, request, device)
-        profiles = {"step": _profiled(live, plain, device, request.out / "trace.json.gz")}
-        if request.r1:
-            r1 = count(interval, interval)
-            for _ in range(live.step.settling):
-                live.run(next(r1))
-            profiles["r1"] = _profiled(live, r1, device, request.out / "trace-r1.json.gz")
-    return found | {
-        "gflop_per_image": flop / 1e9,
-        "matmul_flop_per_sec": rate,
-        "mfu": flop * found["img_per_sec"] / rate if rate else None,
-        "profiles": profiles,
-    }
-
-
-def _clocked(
-    live: LiveStep, numbers: Iterator[int], request: Request, device: torch.device
-) -> dict[str, Any]:
-    """Seconds of the first and of `iterations` later steps, and the memory that these need."""
-    skipped = []
-
-    def seconds() -> float:
-        _synchronise(device)
-        start = time.perf_counter()
-        result = live.run(next(numbers))
-        _synchronise(device)
-        taken = time.perf_counter() - start
-        skipped.append(sum(map(int, result.skipped.values())))
-        return taken
-
-    first = seconds()
-    for _ in range(max(request.warmup, live.step.settling) - 1):
-        seconds()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    taken = [seconds() for _ in range(request.iterations)]
-    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+def _settings(config: cfg.TrainConfig, device: torch.device) -> dict[str, Any]:
+    on_gpu = device.type == "cuda"
     return {
-        "img_per_sec": live.config.batch / median(taken),
-        "seconds_per_iteration": {"median": median(taken), "n": len(taken), "samples": taken},
-        # A network that no longer trains skips part of the work.
-        "skipped_updates": sum(skipped[-request.iterations :]),
-        "seconds_to_first_step": first,
-        "peak_memory_bytes": memory,
-    }
-
-
-def _profiled(
-    live: LiveStep, numbers: Iterator[int], device: torch.device, path: Path
-) -> dict[str, Any]:
-    """Iterations under torch.profiler, their trace in `path` and the summary of it."""
-    on_device = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_device else [])]
-    # The first iteration is for the profiler to warm up, and is not recorded.
-    once = schedule(wait=0, warmup=1, active=1, repeat=1)
-    # acc_events: without it some releases warn that they clear events, of which there are none.
-    with profile(activities=activities, schedule=once, acc_events=True) as profiler:
-        live.run(next(numbers))
-        _synchronise(device)
-        profiler.step()
-        with record_function(WINDOW):
-            for _ in range(PROFILED_ITERATIONS):
-                k = next(numbers)
-                with record_function(f"iteration {k}"):
-                    live.run(k)
-            _synchronise(device)
-        profiler.step()
-    with tempfile.TemporaryDirectory(dir=path.parent) as aside:
-        written = Path(aside, path.name)
-        profiler.export_chrome_trace(str(written))
-        found = summary(read_events(written), PROFILED_ITERATIONS, on_device=on_device)
-        written.replace(path)
-    return {"trace": path.name, **found}
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _provenance(config: cfg.TrainConfig, request: Request, device: torch.device) -> dict[str, Any]:
-    return {
-        "datetime": datetime.now(UTC).isoformat(timespec="seconds"),
-        "software": {"torch": torch.__version__, "cuda": torch.version.cuda},
         "command": " ".join(sys.argv),
-        "experiment": request.experiment,
+        "torch": torch.__version__,
         "engine": config.engine.value,
         "precision": config.precision.value,
         "kernels": os.environ.get("FASTGAN_KERNELS") or config.kernels.value,
         "batch": config.batch,
         "batch_gpu": config.batch_gpu or config.batch,
-        "tiny": request.tiny,
-        "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "note": None if device.type == "cuda" else _NOTE,
+        "device_name": torch.cuda.get_device_name(device) if on_gpu else "CPU",
+        "note": None if on_gpu else _NOTE,
     }
 
 
+def _measured(
+    config: cfg.TrainConfig, out: Path, iterations: int, world: distributed.World
+) -> dict[str, Any]:
+    interval = config.loss.r1_interval
+    numbers: dict[str, Iterator[int]] = {"step": count(1)}
+    if interval > 1:
+        numbers = {"step": (k for k in count(1) if k % interval), "r1": count(interval, interval)}
+    live = live_step(config, world.device)
+
+    def seconds(kind: str) -> float:
+        start = timer()  # synchronises
+        live.run(next(numbers[kind]))
+        return timer() - start
+
+    with live.draw:
+        for kind in numbers:
+            for _ in range(max(WARMUP, live.step.settling)):
+                seconds(kind)
+        taken = median(seconds("step") for _ in range(iterations))
+        _record(live, numbers, out / TRACE)
+    # What is on the clock has R1 where every iteration has.
+    counted = replace(config, loss=replace(config.loss, r1_interval=int(interval == 1)))
+    peak = full_speed(counted, architecture_of(config), world)
+    events, on_device = read_events(out / TRACE), world.device.type == "cuda"
+    return {
+        "img_per_sec": config.batch / taken,
+        "seconds_per_iteration": taken,
+        "mfu": config.batch / taken / peak if peak else None,
+        "profiles": {
+            kind: summary(events, kind, PROFILED_ITERATIONS, on_device=on_device)
+            for kind in numbers
+        },
+    }
+
+
+def _record(live: LiveStep, numbers: dict[str, Iterator[int]], path: Path) -> None:
+    """Some iterations of each kind under torch.profiler, in a range of the kind's name."""
+    # The first iteration is for the profiler to warm up, and is not recorded.
+    once = schedule(wait=0, warmup=1, active=1, repeat=1)
+    # acc_events: without it some releases warn that they clear events, of which there are none.
+    with profile(schedule=once, acc_events=True) as profiler:
+        live.run(next(numbers["step"]))
+        timer()
+        profiler.step()
+        for kind, of_kind in numbers.items():
+            with record_function(kind):
+                for _ in range(PROFILED_ITERATIONS):
+                    k = next(of_kind)
+                    with record_function(f"iteration {k}"):
+                        live.run(k)
+                timer()
+        profiler.step()
+    profiler.export_chrome_trace(str(path))
+
+
 def table(report: dict[str, Any]) -> str:
-    """What is printed: speed, share of the peak and memory, then milliseconds of every profile."""
-    clocked, memory = report["seconds_per_iteration"], report["peak_memory_bytes"]
+    """What is printed: the speed and its share of the peak, then milliseconds of every profile."""
     keys = ("engine", "precision", "kernels", "batch", "batch_gpu")
     settings = " ".join(f"{key}={report[key]}" for key in keys)
-    rate = (report["matmul_flop_per_sec"] or 0) / 1e12
-    share = (
-        f"{report['mfu']:.1%} of {rate:.3g} TFLOP/s in products" if rate else "not known on a CPU"
-    )
-    size = " (shrunk)" if report["tiny"] else ""
+    mfu = report["mfu"]
     lines = [
-        f"{report['experiment']}{size} {settings} on {report['device_name']}",
+        f"{settings} on {report['device_name']}",
         *([report["note"]] if report["note"] else []),
-        f"img/s: {report['img_per_sec']:.4g} (median of {clocked['n']} iterations, "
-        f"{1e3 * clocked['median']:.1f} ms each without the profiler)",
-        f"MFU: {share} ({report['gflop_per_image']:.4g} GFLOP per image)",
-        f"peak memory: {f'{memory / 2**30:.2f} GiB' if memory else 'not counted on a CPU'}",
-        f"time to first step: {report['seconds_to_first_step']:.1f} s",
+        f"img/s: {report['img_per_sec']:.4g} ({1e3 * report['seconds_per_iteration']:.1f} ms per "
+        "iteration without the profiler)",
+        f"MFU: {f'{mfu:.1%} of the datasheet bf16 rate' if mfu else 'not known on this device'}",
     ]
-    for name, found in report["profiles"].items():
-        with_r1 = "with" if name == "r1" else "without"
-        lines += ["", f"Step {with_r1} R1, milliseconds per iteration", *_rows(found)]
-        lines.append(f"{found['launches']:.0f} launches per iteration")
+    for kind, found in report["profiles"].items():
+        lines += ["", f"{kind}, milliseconds per iteration", *_rows(found)]
     return "\n".join(lines)
 
 
 def _rows(found: dict[str, Any]) -> Iterator[str]:
     """Phases by kind, then all of them together."""
-    total, shown = found["milliseconds"], [k for k in KINDS if found["kinds"][k]]
+    shown = [kind for kind, milliseconds in found["kinds"].items() if milliseconds]
     yield f"{'phase':<14}{'all':>10}{'share':>8}" + "".join(f"{kind:>13}" for kind in shown)
     for path, kinds in [*found["phases"].items(), ("all", found["kinds"])]:
         spent = [kinds.get(kind, 0.0) for kind in shown]
         cells = "".join(f"{milliseconds:>13.3f}" for milliseconds in spent)
-        yield f"{path:<14}{sum(spent):>10.3f}{sum(spent) / total:>8.1%}{cells}"
-    gaps = found["kinds"][GAPS]
-    yield f"{GAPS:<14}{gaps:>10.3f}{gaps / total:>8.1%}"
+        yield f"{path:<14}{sum(spent):>10.3f}{sum(spent) / found['milliseconds']:>8.1%}{cells}"

@@ -1,17 +1,22 @@
 """The kernel benchmarks run, and refuse to time what is wrong."""
 
+import json
 import math
+import os
+import subprocess
+import sys
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fastgan_kernels import dispatch
 from fastgan_kernels.aot.shapes import NETWORKS
 
-from benchmarks import __main__ as command
 from benchmarks import cases, measure
 from benchmarks.ops import OPS
+from tests.processes import ROOT
 
 
 @pytest.mark.parametrize("op", cases.TABLES)
@@ -67,9 +72,7 @@ def test_inputs_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [0, 1, 2] * 3 and len(found) == 2, "a warm-up and two rounds"
 
 
-def test_what_is_wrong_has_no_time(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_wrong_has_no_time() -> None:
     """Ours of resample2x is 2% off where our kernels run; everything else is right."""
     op = OPS["resample"]
 
@@ -81,7 +84,6 @@ def test_what_is_wrong_has_no_time(
     before = dispatch._configured
     try:
         rows = list(cases.rows(op, ["ImageNet", "-up-"]))
-        status = command.main(["resample", "ImageNet", "-up-ours"])
     finally:
         object.__setattr__(op, "ours", right)
         dispatch.use(before)
@@ -90,5 +92,35 @@ def test_what_is_wrong_has_no_time(
     for row in rows[:-1]:
         assert math.isfinite(row["seconds"]["median"]) and row["floor_seconds"] > 0
         assert row["direction"] in cases.DIRECTIONS and row["network"] == "ImageNet-64"
-    (line,) = capsys.readouterr().out.splitlines()
-    assert status == 1 and "ours : AssertionError" in line
+
+
+WRONG = """
+from benchmarks import test_resample
+right = test_resample.OP.ours
+object.__setattr__(test_resample.OP, "ours", lambda *a, **k: 1.02 * right(*a, **k))
+"""
+
+
+def test_pytest_benchmark_times_what_is_right_only(tmp_path: Path) -> None:
+    """In a process of its own: ours is the definition times 1.02 there, and so are the others."""
+    (tmp_path / "spoil.py").write_text(WRONG)
+    found = {}
+    for spoilt in (False, True):
+        file = tmp_path / f"{spoilt}.json"
+        command = [sys.executable, "-m", "pytest", "benchmarks/test_resample.py", "-q", "-k"]
+        command += ["ImageNet and up and library", f"--benchmark-json={file}"]
+        command += [
+            "-p",
+            "no:xdist",
+            "-p",
+            "no:cacheprovider",
+            *(["-p", "spoil"] if spoilt else []),
+        ]
+        path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", tmp_path)))
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+        done = subprocess.run(
+            command, cwd=ROOT, env={**environment, "PYTHONPATH": path}, capture_output=True
+        )
+        timed = json.loads(file.read_text())["benchmarks"] if file.stat().st_size else []
+        found[spoilt] = done.returncode, len(timed)
+    assert found == {False: (0, 2), True: (1, 0)}

@@ -12,21 +12,25 @@ from fastgan import config as cfg
 from fastgan.models.unet_block import UNetBlock
 from fastgan.performance.iteration import (
     Layers,
-    architecture_of,
     count_iteration,
     flop,
     iteration_flop,
     meta_networks,
 )
-from fastgan.performance.live_step import live_step, measured_config, tiny_overrides
+from fastgan.performance.live_step import (
+    architecture_of,
+    live_step,
+    measured_config,
+    tiny_overrides,
+)
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-# G: GFLOP forward (convolutions, attention), M elements through norms, M parameters, % frozen.
+# G: GFLOP forward (convolutions, attention), M elements through norms, M parameters that train.
 # D: GFLOP forward of what is frozen (backbones, reassembly, mixing) and of the heads.
 PUBLISHED = {
-    "cifar10_uncond": ((42.4, 0.3, 9.1, 56.40, 84.40), (30.7 + 1.8 + 0.7 + 0.3, 9.1 + 2.3)),
-    "ffhq64": ((84.5, 0.3, 24.0, 62.76, 83.84), (35.3 + 1.5 + 0.7 + 0.3, 2.3 + 2.3)),
-    "imagenet64": ((206.9, 12.4, 35.1, 295.9, 78.77), (35.3 + 1.5 + 0.7 + 0.3, 4.7)),
+    "cifar10_uncond": ((42.4, 0.3, 9.1, 56.40 * 0.1560), (30.7 + 1.8 + 0.7 + 0.3, 9.1 + 2.3)),
+    "ffhq64": ((84.5, 0.3, 24.0, 62.76 * 0.1616), (35.3 + 1.5 + 0.7 + 0.3, 2.3 + 2.3)),
+    "imagenet64": ((206.9, 12.4, 35.1, 295.9 * 0.2123), (35.3 + 1.5 + 0.7 + 0.3, 4.7)),
 }
 
 
@@ -71,13 +75,11 @@ def slow(*values: object) -> Any:
 @pytest.mark.parametrize("dataset", ["ffhq64", *map(slow, ["cifar10_uncond", "imagenet64"])])
 def test_published_networks_have_the_published_counts(dataset: str) -> None:
     found = count_iteration(measured_config(f"{dataset}_d2o_f", []))
-    (products, attention, elements, parameters, frozen), parts = PUBLISHED[dataset]
+    counts, parts = PUBLISHED[dataset]
     layers = found.layers("generator")
     norms = sum(layer.moved // 2 for layer in layers if layer.kind == "norm")
-    counts = (flop(layers, "product") / 1e9, flop(layers, "attention") / 1e9, norms / 1e6)
-    assert counts == pytest.approx((products, attention, elements), abs=0.06)
-    assert found.parameters / 1e6 == pytest.approx(parameters, abs=0.05)
-    assert 100 * (1 - found.trained / found.parameters) == pytest.approx(frozen, abs=0.01)
+    of_g = [flop(layers, "product") / 1e9, flop(layers, "attention") / 1e9, norms / 1e6]
+    assert [*of_g, found.trained / 1e6] == pytest.approx(counts, abs=0.06)
     assert found.allreduce_bytes == 4 * (found.trained + found.heads)
     of_d = [flop(found.layers(part)) / 1e9 for part in ("features", "heads")]
     assert of_d == pytest.approx(parts, abs=0.15)
