@@ -20,8 +20,6 @@ from typing import Any
 import torch
 import triton
 
-from fastgan.performance import machines
-
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 # Triton's interpreter gets bfloat16 wrong.
@@ -155,4 +153,7 @@ def copy_bandwidth() -> Content:
 def product_rate(dtype: torch.dtype = DTYPE) -> Content:
     """Samples: FLOP per second of a product of 8192 x 8192 matrices (a CPU: much smaller ones)."""
     side = 8192 if ON_GPU else 64
-    return samples(machines.product_rate(torch.device(DEVICE), dtype, side))
+    a, b = (torch.randn(side, side, device=DEVICE).to(dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    times = per_call([lambda: torch.mm(a, b, out=product)])
+    return samples([2 * side**3 / t for t in times])
