@@ -14,7 +14,6 @@ from fastgan.checkpoint.network_file import NetworkFile
 from fastgan.common.errors import shown
 from fastgan.evaluation.grid import save_grid
 from fastgan.evaluation.protocol import versions
-from fastgan.export.program import Checked
 from fastgan.launch import build
 from fastgan.models import Precond
 
@@ -44,20 +43,6 @@ LICENSES = {
 }
 # What --license may give to a network that has none.
 GIVEN = [name for name in LICENSES if name != UNSPECIFIED]
-_NOT_COMPARABLE = (
-    "Measured by the training when it saved the weights, with its own settings, for its own use: "
-    "not to be compared with other numbers."
-)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of two sets of `n` uint8 images: of their values, and the share of pixels that are equal."""
-
-    n: int
-    mean: float
-    largest: int
-    equal_pixels: float
 
 
 def is_generator(network: Precond) -> bool:
@@ -92,16 +77,17 @@ def write_grid(network: Precond, path: Path) -> None:
     save_grid(torch.cat(rows), path, COLUMNS, row_labels=labels if label_dim else None, scale=scale)
 
 
-def difference(first: Tensor, second: Tensor) -> Difference:
-    """Between uint8 images [N, C, H, W] of the same seeds."""
+def difference(first: Tensor, second: Tensor) -> dict[str, float]:
+    """Of two sets of uint8 images [N, C, H, W]: n, mean and largest difference of their values, and
+    equal_pixels, the share of pixels that are the same."""
     assert first.shape == second.shape and first.dtype == second.dtype == torch.uint8
     apart = (first.int() - second.int()).abs()
-    return Difference(
-        n=len(first),
-        mean=apart.double().mean().item(),
-        largest=int(apart.max()),
-        equal_pixels=(apart.amax(1) == 0).double().mean().item(),
-    )
+    return {
+        "n": len(first),
+        "mean": apart.double().mean().item(),
+        "largest": int(apart.max()),
+        "equal_pixels": (apart.amax(1) == 0).double().mean().item(),
+    }
 
 
 def code(value: object, limit: int = 120) -> str:
@@ -157,10 +143,9 @@ class Card:
     file: NetworkFile
     source: NetworkFile
     dtype: str
-    rounding: Difference
+    rounding: Mapping[str, float]
     numbers: list[dict[str, Any]]
-    training_metrics: dict[str, float]
-    program: Checked | None
+    program: Mapping[str, int] | None
     note: str | None
     sha256: Mapping[str, str]
 
@@ -214,27 +199,23 @@ class Card:
         return table(("what", "value"), rows)
 
     def _numbers(self) -> list[str]:
-        found = []
-        if self.numbers:
-            before, after = self.source.state, self.file.state
-            same = all(torch.equal(t.float(), after[name].float()) for name, t in before.items())
-            other = f"the weights before rounding, {code(self.source.path.name)}"
-            columns = ("metric", "value", "n", "seeds", "sampler", "extractor", "reference")
-            found += [
-                f"Measured with {'exactly these weights' if same else other}.",
-                table(columns, map(_result, self.numbers)),
-            ]
-        if self.training_metrics:
-            rows = [(code(k), code(f"{v:.4g}")) for k, v in self.training_metrics.items()]
-            found += [_NOT_COMPARABLE, table(("metric", "value"), rows)]
-        return found or ["None were given."]
+        if not self.numbers:
+            return ["None were given."]
+        before, after = self.source.state, self.file.state
+        same = all(torch.equal(t.float(), after[name].float()) for name, t in before.items())
+        other = f"the weights before rounding, {code(self.source.path.name)}"
+        columns = ("metric", "value", "n", "seeds", "sampler", "extractor", "reference")
+        return [
+            f"Measured with {'exactly these weights' if same else other}.",
+            table(columns, map(_result, self.numbers)),
+        ]
 
     def _rounding(self) -> str:
         d = self.rounding
         return (
-            f"{d.n} images of the seeds 0-{d.n - 1}, drawn with the weights before and after: mean "
-            f"difference {d.mean:.4f} of 255, largest {d.largest}, equal pixels "
-            f"{d.equal_pixels:.2%}."
+            f"{d['n']} images of the seeds 0-{d['n'] - 1}, drawn with the weights before and "
+            f"after: mean difference {d['mean']:.4f} of 255, largest {d['largest']}, equal pixels "
+            f"{d['equal_pixels']:.2%}."
         )
 
     def _use(self) -> list[str]:
@@ -249,7 +230,7 @@ class Card:
         program = self._use_of(self.program) if self.program else []
         return [shell, "`device=cpu` where there is no GPU.", *program]
 
-    def _use_of(self, program: Checked) -> list[str]:
+    def _use_of(self, program: Mapping[str, int]) -> list[str]:
         model, label_dim = self.network.model, self.network.label_dim
         size = f"{model.img_channels}, {model.img_resolution}, {model.img_resolution}"
         lines = [
@@ -265,8 +246,8 @@ class Card:
         return [
             "Or with PyTorch alone, in float32 on the CPU:",
             "\n".join(lines),
-            f"Of the {program.values:,} values of {program.images} images the program draws all as "
-            f"the network does, but for {program.off_by_one:,} that differ by 1.",
+            f"Of the {program['values']:,} values of {program['images']} images the program draws "
+            f"all as the network does, but for {program['off_by_one']:,} that differ by 1.",
         ]
 
 

@@ -1,17 +1,16 @@
 """From a checkpoint to a folder that can be published."""
 
-import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastgan.checkpoint.network_file import NetworkFile, load_network_file
-from fastgan.checkpoint.store import EMA, META
 from fastgan.common.errors import UserError, shown
 from fastgan.common.files import PART, file_sha256, parse_object, require_file, sync
 from fastgan.export.card import (
@@ -63,13 +62,13 @@ def export(checkpoint: str, out: str | Path, options: Options) -> dict[str, Any]
     out = Path(out)
     name = options.name if options.name is not None else out.name
     _check_options(name, options)
-    _require_new(out)
+    if os.path.lexists(out):
+        raise UserError(f"{out} exists, a new folder would be right")
     select_kernels("auto", CPU)
     original, path = build.saved_network(checkpoint, CPU)
     source = load_network_file(path)
     _check_network(original, source, options)
     numbers = [read_result(file, source) for file in options.metrics]
-    measured = training_metrics(source)
     with new_folder(out) as folder:
         weights = folder / f"{name}.safetensors"
         file = write_rounded(source, original, weights, options.dtype, options.license)
@@ -95,7 +94,6 @@ def export(checkpoint: str, out: str | Path, options: Options) -> dict[str, Any]
             dtype=options.dtype,
             rounding=rounding,
             numbers=numbers,
-            training_metrics=measured,
             program=program,
             note=options.note,
             sha256=digests,
@@ -105,8 +103,8 @@ def export(checkpoint: str, out: str | Path, options: Options) -> dict[str, Any]
         "out": str(out),
         "mib": round(mib, 2),
         "sha256": digests,
-        "rounding": asdict(rounding),
-        "program": asdict(program) if program else None,
+        "rounding": rounding,
+        "program": program,
     }
 
 
@@ -114,9 +112,8 @@ def export(checkpoint: str, out: str | Path, options: Options) -> dict[str, Any]
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its name when the block ends well, and vanishes otherwise.
 
-    UserError: `out` exists, or nothing can be written there.
+    UserError: nothing can be written there.
     """
-    _require_new(out)
     aside = out.with_name(f".{out.name}.{os.getpid()}{PART}")
     try:
         aside.mkdir(parents=True)
@@ -131,11 +128,6 @@ def new_folder(out: Path) -> Iterator[Path]:
                 f"cannot write ({error.strerror}), {out}, a writable place with free space expected"
             ) from error
         raise
-
-
-def _require_new(out: Path) -> None:
-    if os.path.lexists(out):
-        raise UserError(f"{out} exists, a new folder would be right")
 
 
 def _check_options(name: str, options: Options) -> None:
@@ -167,7 +159,6 @@ def _check_network(network: Precond, source: NetworkFile, options: Options) -> N
 
 
 _MAX_BYTES = 1 << 20
-_MOST = 32  # numbers of one training
 _KEYS: dict[str, type | tuple[type, ...]] = {
     "metric": str,
     "value": (int, float),
@@ -183,12 +174,20 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
 def read_result(path: str | Path, source: NetworkFile) -> dict[str, Any]:
     """A result of fastgan.evaluate for the network file `source`; UserError for anything else."""
     expected = "a result of fastgan.evaluate for a checkpoint expected"
-    result = _object(require_file(path, "a result of fastgan.evaluate"), expected)
+    found = require_file(path, "a result of fastgan.evaluate")
+    try:
+        with found.open("rb") as file:
+            text = file.read(_MAX_BYTES + 1)
+        if len(text) > _MAX_BYTES:
+            raise ValueError(f"more than {_MAX_BYTES} bytes")
+        result = parse_object(text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{shown(error)}, {path}, {expected}") from error
     for key, kind in _KEYS.items():
         value = result.get(key)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise UserError(f"{key}={shown(value)}, {path}, {expected}")
-    if not _is_number(result["value"]):
+    if not abs(result["value"]) <= sys.float_info.max:
         raise UserError(f"value={shown(result['value'])}, {path}, a finite number expected")
     measured = result["checkpoint"]
     if measured.get("sha256") != source.sha256:
@@ -198,40 +197,3 @@ def read_result(path: str | Path, source: NetworkFile) -> dict[str, Any]:
             f"whose sha256 is {source.sha256}"
         )
     return result
-
-
-def training_metrics(source: NetworkFile) -> dict[str, float]:
-    """What a run measured when it saved `source`: meta.json beside it; {} where there is none.
-
-    UserError where that is damaged or says that it belongs to another file.
-    """
-    path = source.path.with_name(META)
-    if source.path.name != EMA or not path.is_file():
-        return {}
-    expected = "the meta.json of this checkpoint expected"
-    facts = _object(path, expected)
-    digests, metrics = facts.get("sha256"), facts.get("metrics")
-    if not isinstance(digests, dict) or not isinstance(metrics, dict):
-        raise UserError(f"no objects sha256 and metrics, {path}, {expected}")
-    if digests.get(EMA) != source.sha256:
-        raise UserError(f"another sha256 of {EMA} than its own, {path}, {expected}")
-    numbers = {name: value for name, value in metrics.items() if _is_number(value)}
-    return dict(list(numbers.items())[:_MOST])
-
-
-def _object(path: Path, expected: str) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            text = file.read(_MAX_BYTES + 1)
-        if len(text) > _MAX_BYTES:
-            raise ValueError(f"more than {_MAX_BYTES} bytes")
-        return parse_object(text)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{shown(error)}, {path}, {expected}") from error
-
-
-def _is_number(value: object) -> bool:
-    """Finite, and no integer beyond float's range."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return math.isfinite(value) if isinstance(value, float) else value.bit_length() < 1000

@@ -5,7 +5,6 @@ The program is torch.export's.
 
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -97,15 +96,6 @@ def require_size(file: NetworkFile, parameters: int, dtype: str, max_mib: float 
     )
 
 
-@dataclass(frozen=True)
-class Checked:
-    """What a program's images have in common with the network's: `off_by_one` of `values`."""
-
-    images: int
-    values: int
-    off_by_one: int
-
-
 class OneStep(nn.Module):
     """z [N, C, H, W] float32, standard normal, and one-hot labels [N, label_dim] if the network is
     conditional -> uint8 images [N, C, H, W], as fastgan.sample draws them.
@@ -143,11 +133,12 @@ def write_program(network: Precond, path: Path, about: dict[str, str]) -> None:
         raise UserError(f"cannot write, {path} ({error}), free space expected") from error
 
 
-def check_program(path: Path, network: Precond, images: Tensor) -> Checked:
+def check_program(path: Path, network: Precond, images: Tensor) -> dict[str, int]:
     """Draws with the program in a fresh process that cannot import this project.
 
-    `images` uint8 [N, C, H, W] are the network's of the seeds 0, 1, ... UserError where a value
-    differs by more than one; RuntimeError where the program does not run.
+    `images` uint8 [N, C, H, W] are the network's of the seeds 0, 1, ... Returns how many images
+    and values there are, and how many of the latter are off_by_one. UserError where a value differs
+    by more; RuntimeError where the program does not run.
     """
     out = path.with_suffix(".raw")
     model = network.model
@@ -166,4 +157,5 @@ def check_program(path: Path, network: Precond, images: Tensor) -> Checked:
             f"its images differ from the network's by {int(apart.max())}, {path.name}, at most 1 "
             "(rounding) would be right"
         )
-    return Checked(len(images), images.numel(), int((apart == 1).sum()))
+    off = int((apart == 1).sum())
+    return {"images": len(images), "values": images.numel(), "off_by_one": off}

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from fastgan.common.errors import UserError
 from fastgan.models.precond import D2O_EPS, Precond
@@ -13,11 +13,6 @@ _UNETS: dict[str, type[SongUNet] | type[DhariwalUNet]] = {
     "DhariwalUNet": DhariwalUNet,
 }
 _EPS = {"EDMPrecond": 0.0, "D2OPrecond": D2O_EPS}
-_CHOICES = {
-    "embedding_type": ("positional", "fourier"),
-    "encoder_type": ("standard", "skip", "residual"),
-    "decoder_type": ("standard", "skip"),
-}
 _PRECOND_KEYS = ("sigma_min", "sigma_max", "sigma_data")
 # Constructor arguments of the original that change nothing here: precision is the trainer's.
 _IGNORED = ("use_fp16", "label_dropout")
@@ -33,9 +28,6 @@ def network_from_config(config: Mapping[str, Any]) -> Precond:
     arguments = {k: v for k, v in config.items() if k not in _IGNORED}
     eps = _choose(arguments, "precond", _EPS)
     unet = _choose(arguments, "model_type", _UNETS)
-    for key, allowed in _CHOICES.items():
-        if key in arguments and arguments[key] not in allowed:
-            raise UserError(_wrong(key, arguments[key], allowed))
     label_dim = arguments.setdefault("label_dim", 0)
     channels = arguments.pop("img_channels", None)
     resolution = arguments.get("img_resolution")
@@ -48,9 +40,13 @@ def network_from_config(config: Mapping[str, Any]) -> Precond:
             f"a multiple of {2 ** (levels - 1)} would"
         )
     precond = {k: arguments.pop(k) for k in _PRECOND_KEYS if k in arguments}
-    unknown = sorted(set(arguments) - set(inspect.signature(unet).parameters))
-    if unknown:
+    parameters = inspect.signature(unet).parameters
+    if unknown := sorted(set(arguments) - set(parameters)):
         raise UserError(f"unknown keys {unknown} in the network config, not arguments of {unet}")
+    for key, value in arguments.items():
+        kind = parameters[key].annotation
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise UserError(_wrong(key, value, get_args(kind)))
     model = unet(in_channels=channels, out_channels=channels, **arguments)
     return Precond(model, label_dim=label_dim, eps=eps, **precond)
 

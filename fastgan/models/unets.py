@@ -54,11 +54,19 @@ class UNet(nn.Module):
         return self.decode(x, skips, emb)
 
     def encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The deepest map and the skips of every layer, shallow to deep."""
+        """The deepest map and the skips of every layer, shallow to deep; NCSN++ has aux layers."""
         skips: list[Tensor] = []
-        for layer in self.enc.values():
-            x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
-            skips.append(x)
+        aux = x
+        for name, layer in self.enc.items():
+            if "aux_down" in name:
+                aux = layer(aux)
+            elif "aux_skip" in name:
+                x = skips[-1] = x + layer(aux)
+            elif "aux_residual" in name:
+                x = skips[-1] = aux = (x + layer(aux)) / sqrt(2)
+            else:
+                x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
+                skips.append(x)
         return x, skips
 
 
@@ -175,22 +183,6 @@ class SongUNet(UNet):
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
-
-    def encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The deepest map and the skips of every layer, shallow to deep."""
-        skips: list[Tensor] = []
-        aux = x
-        for name, layer in self.enc.items():
-            if "aux_down" in name:
-                aux = layer(aux)
-            elif "aux_skip" in name:
-                x = skips[-1] = x + layer(aux)
-            elif "aux_residual" in name:
-                x = skips[-1] = aux = (x + layer(aux)) / sqrt(2)
-            else:
-                x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
-                skips.append(x)
-        return x, skips
 
     def decode(self, x: Tensor, skips: list[Tensor], emb: Tensor) -> Tensor:
         """The raw output [N, out_channels, H, W]; consumes `skips` from its end."""

@@ -29,13 +29,7 @@ class Chart:
     says: str
     lines: tuple[tuple[float, str], ...] = ()
     log: bool = False
-    limits: tuple[float, float] | None = None
     from_zero: bool = False
-
-    @property
-    def measured(self) -> bool:
-        """Whether its points are snapshots, few and far between."""
-        return self.keys[0].startswith(METRIC)
 
 
 def undecided(config: dict[str, Any]) -> tuple[float, float] | None:
@@ -45,21 +39,19 @@ def undecided(config: dict[str, Any]) -> tuple[float, float] | None:
     non-saturating one has softplus(0) = ln 2 per term, the hinge loss -0 for G and 1 per term for
     D; G has one term, D two.
     """
-    loss, discriminator = config.get("loss"), config.get("discriminator")
-    if not isinstance(loss, dict) or not isinstance(discriminator, dict):
-        return None
-    backbones = discriminator.get("backbones")
-    if discriminator.get("kind") == DiscriminatorKind.diffusion.value:
-        # Its heads, that on the pixels too, answer as one network.
-        branches = Discriminator.branches
-    elif discriminator.get("kind") == DiscriminatorKind.projected.value:
-        branches = len(backbones) if isinstance(backbones, list) else 0
-    else:
-        branches = 0
-    if branches and loss.get("kind") == LossKind.hinge.value:
-        return 0.0, 2.0 * branches
-    if branches and loss.get("kind") == LossKind.nonsaturating.value:
-        return branches * math.log(2), 2 * branches * math.log(2)
+    match config.get("discriminator"):
+        case {"kind": DiscriminatorKind.diffusion.value}:
+            # Its heads, that on the pixels too, answer as one network.
+            branches = Discriminator.branches
+        case {"kind": DiscriminatorKind.projected.value, "backbones": [_, *_] as backbones}:
+            branches = len(backbones)
+        case _:
+            return None
+    match config.get("loss"):
+        case {"kind": LossKind.hinge.value}:
+            return 0.0, 2.0 * branches
+        case {"kind": LossKind.nonsaturating.value}:
+            return branches * math.log(2), 2 * branches * math.log(2)
     return None
 
 
@@ -93,7 +85,6 @@ _OTHERS = (
         f"{SURE:g} and {-SURE:g} (dotted) D makes no mistakes that G could learn from, and the log "
         "warns.",
         ((0.0, "undecided"), (SURE, "sure"), (-SURE, "sure")),
-        limits=(-1.05, 1.05),
     ),
     Chart(
         "Diversity",
@@ -207,13 +198,9 @@ def draw(chart: Chart, lines: Sequence[Curve]) -> str:
     """An <svg> element without ids, namespaces or addresses that others could clash with."""
     plt = import_pyplot("the curves of tools/report.py")
     with plt.rc_context({**_STYLE, "svg.hashsalt": ascii(chart.title)}):
-        figure, axis = plt.subplots(figsize=(3.9, 2.2), layout="constrained")
-        try:
-            _plot(axis, chart, lines)
-            file = io.StringIO()
-            figure.savefig(file, format="svg", transparent=True, metadata=_NO_METADATA)
-        finally:
-            plt.close(figure)
+        figure, file = plt.Figure(figsize=(3.9, 2.2), layout="constrained"), io.StringIO()
+        _plot(figure.subplots(), chart, lines)
+        figure.savefig(file, format="svg", transparent=True, metadata=_NO_METADATA)
     return _inline(file.getvalue())
 
 
@@ -223,9 +210,8 @@ def _plot(axis: Any, chart: Chart, lines: Sequence[Curve]) -> None:
         if chart.log:
             y = [value if value > 0 else math.nan for value in y]
         # A single point, and one between two gaps, has no line to be seen by.
-        dots = "o" if chart.measured or len(x) < 50 else None
-        style, size = "--" if curve.dashed else "-", 5 if chart.measured else 3
-        axis.plot(x, y, style, color=curve.colour, linewidth=1.5, marker=dots, markersize=size)
+        style, dots = "--" if curve.dashed else "-", "o" if len(x) < 50 else None
+        axis.plot(x, y, style, color=curve.colour, linewidth=1.5, marker=dots, markersize=3)
     for value, meaning in chart.lines:
         axis.axhline(value, color=_TEXT, linestyle=":", linewidth=1)
         axis.text(
@@ -234,9 +220,7 @@ def _plot(axis: Any, chart: Chart, lines: Sequence[Curve]) -> None:
     highest = max(value for curve in lines for value in curve.points[1] if not math.isnan(value))
     if chart.log and highest > 0:
         axis.set_yscale("log")
-    if chart.limits is not None:
-        axis.set_ylim(*chart.limits)
-    elif chart.from_zero:
+    if chart.from_zero:
         top = highest if highest > 0 else 1
         axis.set_ylim(-0.03 * top, 1.05 * top)  # a line of zeros is above the axis
     axis.set_xlabel("thousands of images")

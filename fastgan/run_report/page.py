@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from markupsafe import Markup
 from fastgan.common.errors import UserError, shown
 from fastgan.common.files import replace_atomically
 from fastgan.evaluation.protocol import versions
-from fastgan.run_report.curves import charts, curves, draw, undecided
-from fastgan.run_report.run import Run, read_run, sample_numbers, sample_uri
+from fastgan.run_report.curves import charts, curves, draw
+from fastgan.run_report.run import Run, read_run, samples
 from fastgan.run_report.statistics import MEMORY, METRIC, MFU, SPEED
 
 NAME = "report.html"
@@ -55,14 +55,21 @@ def render(runs: Sequence[Run], command: str) -> str:
     )
     environment.filters["shown"] = shown
     run, names = runs[0], names_of(runs)
-    samples = _samples(run)  # first: what it reads may leave notes
+    grids = [  # first: what is read may leave notes
+        {
+            "uri": uri,
+            "kimg": f"{nimg / 1000:,.1f}",
+            "metrics": _metric_words(run.statistics.measured_at(nimg)),
+        }
+        for nimg, uri in samples(run.folder)
+    ]
     notes = [
         note if len(runs) == 1 else f"{name}: {note}"
         for name, each in zip(names, runs, strict=True)
         for note in each.folder.notes
     ]
     return environment.from_string(template).render(
-        samples=samples,
+        samples=grids,
         charts=list(_charts(runs, names)),
         run=run,
         name=names[0],
@@ -72,7 +79,6 @@ def render(runs: Sequence[Run], command: str) -> str:
         config_text="".join(c if c.isprintable() or c == "\n" else "?" for c in run.config_text),
         comparison=side_by_side(runs) if len(runs) > 1 else [],
         differing=differing_settings([each.config for each in runs]),
-        cautions=list(_cautions(runs, names)),
         notes=notes,
         versions=versions(),
         made=moment(time.time()),
@@ -96,22 +102,13 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
     if times := statistics.times:
         first, last = min(times), max(times)
         range_ = f"{moment(first)} to {moment(last)}"
-        yield "Wall time", f"{duration(last - first)} from the first tick to the last ({range_})"
+        took = timedelta(seconds=round(last - first))
+        yield "Wall time", f"{took} from the first tick to the last ({range_})"
     running, speed = run.state and run.state.status == "running", statistics.median(SPEED) or 0
     if running and total is not None and speed > 0:
         left = max(total - run.nimg, 0) / speed
-        if left < 1e15:
-            yield "Left", f"about {duration(left)} at the median speed"
-
-
-def _samples(run: Run) -> list[dict[str, Any]]:
-    """Grids with what was measured on them."""
-    found = []
-    for nimg in sample_numbers(run.folder):
-        if uri := sample_uri(run.folder, nimg):
-            metrics = _metric_words(run.statistics.measured_at(nimg))
-            found.append({"uri": uri, "kimg": thousands(nimg / 1000), "metrics": metrics})
-    return found
+        if left < 1e12:
+            yield "Left", f"about {timedelta(seconds=round(left))} at the median speed"
 
 
 def _charts(runs: Sequence[Run], names: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -136,15 +133,17 @@ def _charts(runs: Sequence[Run], names: Sequence[str]) -> Iterator[dict[str, Any
 
 
 def _checkpoints(run: Run) -> list[dict[str, Any]]:
-    lowest = min((c.score for c in run.checkpoints if c.metrics), default=None)
+    # Training keeps the best by its lowest number.
+    scores = [min(c.metrics.values(), default=math.inf) for c in run.checkpoints]
+    lowest = min(scores, default=math.inf)
     return [
         {
-            "kimg": thousands(c.nimg / 1000),
+            "kimg": f"{c.nimg / 1000:,.1f}",
             "metrics": _metric_words(c.metrics),
             "sha256": c.sha256,
-            "best": bool(c.metrics) and c.score == lowest,
+            "best": bool(c.metrics) and score == lowest,
         }
-        for c in run.checkpoints
+        for c, score in zip(run.checkpoints, scores, strict=True)
     ]
 
 
@@ -153,22 +152,9 @@ def _metric_words(metrics: dict[str, float]) -> str:
     return ", ".join(f"{shown(key.removeprefix(METRIC))} = {number(v)}" for key, v in named)
 
 
-def _cautions(runs: Sequence[Run], names: Sequence[str]) -> Iterator[str]:
-    """What keeps the first run from being compared with another one."""
-    first = runs[0]
-    for name, run in zip(names[1:], runs[1:], strict=True):
-        if run.pretraining != first.pretraining:
-            yield f"{name} is another kind of training: only what both record is drawn together."
-        elif undecided(run.config) != undecided(first.config):
-            yield (
-                f"{name} sums its loss otherwise (loss.kind, or the number of feature networks): "
-                f"the dotted lines of the losses are those of {names[0]}."
-            )
-
-
 def names_of(runs: Sequence[Run]) -> list[str]:
     """The folders' names, with as many of the folders around them as tell all of them apart."""
-    parts = [run.path.resolve().parts for run in runs]
+    parts = [run.folder.path.resolve().parts for run in runs]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-depth:]) for each in parts]
         if len(set(names)) == len(names):
@@ -202,7 +188,7 @@ def side_by_side(runs: Sequence[Run]) -> list[Row]:
 def best_words(run: Run, metric: str) -> str:
     """`1.54 at 40.0 thousand images`."""
     best = run.statistics.best(metric)
-    return f"{number(best[0])} at {thousands(best[1])} thousand images" if best else "-"
+    return f"{number(best[0])} at {best[1]:,.1f} thousand images" if best else "-"
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -221,21 +207,6 @@ def number(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "-"
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
-
-
-def thousands(kimg: float) -> str:
-    """Thousands of images: 40.064 -> 40.1."""
-    return f"{kimg:,.1f}" if kimg < 1e12 else f"{kimg:.4g}"
-
-
-def duration(seconds: float) -> str:
-    """The two largest units: 3 d 4 h, 2 h 05 min, 3 min 20 s, 20 s."""
-    s = round(seconds)
-    if s >= 86_400:
-        return f"{s // 86_400:,} d {s % 86_400 // 3600} h"
-    if s >= 3600:
-        return f"{s // 3600} h {s % 3600 // 60:02} min"
-    return f"{s // 60} min {s % 60:02} s" if s >= 60 else f"{s} s"
 
 
 def moment(timestamp: float) -> str:

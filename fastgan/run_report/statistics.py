@@ -34,8 +34,6 @@ class Statistics:
     """Seconds since 1970 of every tick, those that were repeated included."""
     broken: int = 0
     """Lines that are no record of a run; a last one that was not finished does not count."""
-    repeated: int = 0
-    """Records that a run resumed from an earlier checkpoint wrote again."""
 
     def series(self, key: str) -> Series:
         """Thousands of images and values of all records with this key."""
@@ -65,13 +63,15 @@ class Statistics:
         }
 
     def add(self, record: dict[str, float]) -> None:
-        """Appends it, without what a resumed run repeats: a measurement follows its tick."""
-        before, kimg, tick = len(self.records), record[KIMG], TIME in record
+        """Appends it; it takes the place of what a resumed run repeats.
+
+        A measurement follows the tick at as many images.
+        """
+        kimg, tick = record[KIMG], TIME in record
         while self.records and (
             self.records[-1][KIMG] > kimg or (tick and self.records[-1][KIMG] == kimg)
         ):
             self.records.pop()
-        self.repeated += before - len(self.records)
         self.records.append(record)
 
 

@@ -33,25 +33,17 @@ def test_brightness_adds_one_number_per_image():
     assert -0.5 <= per_image.min() < -0.48 and 0.48 < per_image.max() <= 0.5
 
 
-def factors(out: torch.Tensor, x: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
-    return ((out - centre) * (x - centre)).sum((1, 2, 3)) / ((x - centre) ** 2).sum((1, 2, 3))
-
-
-def test_saturation_scales_about_the_grey_pixel():
+@pytest.mark.parametrize(
+    ("transform", "dims", "low", "high"),
+    [(saturation, (1,), 0, 2), (contrast, (1, 2, 3), 0.5, 1.5)],
+)
+def test_distances_from_a_mean_are_scaled(transform, dims, low, high):
     x = images(1000, size=2)
-    out, grey = saturation(x, generator()), x.mean(1, keepdim=True)
-    torch.testing.assert_close(out.mean(1), x.mean(1))
-    factor = factors(out, x, grey)
-    torch.testing.assert_close(out, grey + (x - grey) * factor[:, None, None, None])
-    assert 0 <= factor.min() < 0.02 and 1.98 < factor.max() <= 2.0001
-
-
-def test_contrast_scales_about_the_image_mean():
-    x = images(1000, size=2)
-    out, mean = contrast(x, generator()), x.mean((1, 2, 3), keepdim=True)
-    factor = factors(out, x, mean)
+    out, mean = transform(x, generator()), x.mean(dims, keepdim=True)
+    torch.testing.assert_close(out.mean(dims), x.mean(dims))
+    factor = ((out - mean) * (x - mean)).sum((1, 2, 3)) / ((x - mean) ** 2).sum((1, 2, 3))
     torch.testing.assert_close(out, mean + (x - mean) * factor[:, None, None, None])
-    assert 0.4999 <= factor.min() < 0.51 and 1.49 < factor.max() <= 1.5001
+    assert low - 1e-4 <= factor.min() < low + 0.02 and high - 0.02 < factor.max() <= high + 1e-4
 
 
 @pytest.mark.parametrize("size", [16, 32])

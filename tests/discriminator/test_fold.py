@@ -214,12 +214,3 @@ def test_checkpoints_go_between_folded_and_unfolded_discriminators() -> None:
         }
         assert all(torch.equal(v, state[k]) for k, v in target.save_state().items())
         assert error(target(x), source(x)) < 1e-9
-
-
-def test_folding_is_for_frozen_networks_in_full_precision() -> None:
-    with pytest.raises(AssertionError, match="eval mode"):
-        fold_batch_norms(Toy("straight"), images(1, 8))
-    network = backbone(SMALL)
-    network.to(torch.bfloat16)
-    with pytest.raises(AssertionError, match="before weights are stored in less"):
-        network.fold()

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastgan.common.noise import seeded
 from fastgan.discriminator.heads import ConditionalPatchHead, PatchHead
 from fastgan.discriminator.projected import RandomProjection
 
@@ -24,13 +23,6 @@ def test_projection_widths_and_sizes():
     sizes = [(x.shape[1], x.shape[3]) for x in projection(features())]
     assert sizes == [(64, 32), (64, 16), (128, 8), (256, 4)]
     assert projection.get_parameter("layer3_ccm.weight").shape == (512, 6, 1, 1)
-
-
-def test_projection_has_pytorchs_default_range():
-    projection = RandomProjection([3, 4, 5, 600])
-    weight = projection.get_parameter("layer3_ccm.weight")
-    assert weight.abs().max() <= 1 / math.sqrt(600)
-    assert weight.std() == pytest.approx(1 / math.sqrt(3 * 600), rel=0.05)
 
 
 def test_projection_mixes_across_scales():
@@ -105,11 +97,3 @@ def test_conditional_logits_by_hand():
     maps = F.conv2d(head.main(x), head.cls.weight)
     expected = torch.einsum("nchw,nc->nhw", maps, weights)[:, None] / 8
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_seeded_restores_after_an_error():
-    before = torch.get_rng_state()
-    with pytest.raises(KeyError), seeded(5):
-        torch.rand(3)
-        raise KeyError
-    assert torch.equal(before, torch.get_rng_state())

@@ -28,36 +28,26 @@ print(images.dtype, tuple(images.shape))
 """
 
 
-def lines_of(card: str) -> str:
-    [lines] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    return lines
-
-
-def case(tmp_path: Path, **changes: Any) -> str:
-    """Exports a program, looks at what there is, and returns the card."""
-    source = checkpoint(tmp_path / "x.safetensors", **changes)
-    out = tmp_path / "net"
-    said, card = exported(source, out, program=True, images=11)
-    program = said["program"]
-    assert program["images"] == 11 and program["values"] == 11 * 64 * changes.get("img_channels", 1)
-    assert program["off_by_one"] < program["values"] / 20
-    assert said["sha256"].keys() == {"grid.png", "net.pt2", "net.safetensors"}
-    with zipfile.ZipFile(out / "net.pt2") as archive:
-        content = {name: archive.read(name) for name in archive.namelist()}
-    assert [name for name, data in content.items() if str(ROOT).encode() in data] == []
-    assert any(data == b"CC-BY-NC-SA-4.0" for data in content.values())
-    return card
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [NCSNPP, {"label_dim": 5, "img_channels": 3, "attn_resolutions": [8]}]
 )
 def test_programs_alone(changes: dict[str, Any], tmp_path: Path) -> None:
-    code = ALONE.format(lines=lines_of(case(tmp_path, **changes)))
+    source = checkpoint(tmp_path / "x.safetensors", **changes)
+    channels = changes.get("img_channels", 1)
+    said, card = exported(source, tmp_path / "net", program=True, images=11)
+    program = said["program"]
+    assert program["images"] == 11 and program["values"] == 11 * 64 * channels
+    assert program["off_by_one"] < program["values"] / 20
+    assert said["sha256"].keys() == {"grid.png", "net.pt2", "net.safetensors"}
+    with zipfile.ZipFile(tmp_path / "net/net.pt2") as archive:
+        content = [archive.read(name) for name in archive.namelist()]
+    assert not [data for data in content if str(ROOT).encode() in data]
+    assert b"CC-BY-NC-SA-4.0" in content
+    [lines] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code = ALONE.format(lines=lines)
     command = [sys.executable, "-P", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path / "net")
-    channels = changes.get("img_channels", 1)
     assert done.stdout == f"torch.uint8 (16, {channels}, 8, 8)\n", done.stderr
     network, _ = build.saved_network(str(tmp_path / "net/net.safetensors"), torch.device("cpu"))
     images = build.sample_fn(network, cfg.SamplerConfig(), torch.device("cpu"))(list(range(3)))

@@ -124,24 +124,6 @@ def test_dropout_is_refused() -> None:
         recompute_blocks(network_from_config({**TINY, "dropout": 0.1}))
 
 
-@pytest.mark.slow
-def test_compiled_in_one_graph() -> None:
-    """torch.compile's partitioner decides what backward reads, Inductor or not."""
-    results, kept = [], []
-    for recomputed in (False, True):
-        torch.compiler.reset()
-        compiled = torch.compile(
-            few_step, fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition"
-        )
-        network = network_of(TINY, 1, recomputed, dtype=torch.float64)
-        results.append(fakes_and_gradients(network, compiled))
-        kept.append(kept_by(network, compiled))
-    plain, again = results
-    for name, tensor in plain.items():
-        assert torch.allclose(tensor, again[name], rtol=1e-10, atol=1e-12), name
-    assert kept[1] < 0.5 * kept[0], kept
-
-
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_frozen_block_on_our_kernels(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is one op that keeps its input, and one that is as large; computed again the former."""

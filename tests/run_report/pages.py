@@ -9,7 +9,9 @@ import numpy as np
 import yaml
 from PIL import Image
 
-VOID = {"meta", "img", "br", "hr", "input", "link"}
+from fastgan.run_report.page import write_report
+
+VOID = {"meta", "img"}
 CONFIG: dict[str, Any] = {
     "experiment_name": "test_run",
     "run_dir": "runs/test",
@@ -20,7 +22,7 @@ CONFIG: dict[str, Any] = {
 
 
 class Page(HTMLParser):
-    """A page's elements, and the text of what carries a class, an id or nothing."""
+    """A page's elements and texts; balanced, without scripts, referring to nothing outside."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -32,14 +34,27 @@ class Page(HTMLParser):
         self.source = text
         self.feed(text)
         self.close()
+        self.text = "\n".join(self.words)
+        assert self.open == []
+        ids = [attributes["id"] for _, attributes in self.tags if "id" in attributes]
+        assert len(ids) == len(set(ids))
+        outside = ("http://", "https://", "@import", "xlink:")
+        assert not [bad for bad in outside if bad in text.lower()]
+        policy = [a["content"] for t, a in self.tags if t == "meta" and "http-equiv" in a]
+        assert len(policy) == 1 and (policy[0] or "").startswith("default-src 'none'; img-src data")
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "iframe", "object", "embed", "link", "form", "base", "a"), tag
+        for name, value in attrs:
+            assert not name.startswith("on")
+            if name in ("src", "href", "srcset", "action", "data"):
+                local = "data:image/png;base64," if tag == "img" else "#"
+                assert value and value.startswith(local), (tag, name)
+            # url() in a style must stay in the page as well.
+            assert "url(" not in (value or "").replace("url(#", ""), (tag, name)
         self.tags.append((tag, dict(attrs)))
         if tag not in VOID:
             self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open and self.open.pop() == tag, f"</{tag}> closes something else"
@@ -52,10 +67,6 @@ class Page(HTMLParser):
             self.table_cells.append(data.strip())
         if self.open[-1] == "pre":
             self.pre.append(data)
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.words)
 
     def fact(self, label: str) -> str:
         """What the head says beside a label."""
@@ -70,26 +81,8 @@ class Page(HTMLParser):
         return [attributes["src"] or "" for tag, attributes in self.tags if tag == "img"]
 
 
-def assert_sound(text: str) -> Page:
-    """Balanced, without scripts, and nothing outside is referred to."""
-    page = Page(text)
-    assert page.open == []
-    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
-    assert len(ids) == len(set(ids))
-    lowered = text.lower()
-    assert not [bad for bad in ("http://", "https://", "@import", "xlink:") if bad in lowered]
-    for tag, attributes in page.tags:
-        assert tag not in ("script", "iframe", "object", "embed", "link", "form", "base", "a"), tag
-        assert not [name for name in attributes if name.startswith("on")]
-        for name, value in attributes.items():
-            if name in ("src", "href", "srcset", "action", "data"):
-                local = "data:image/png;base64," if tag == "img" else "#"
-                assert value and value.startswith(local), (tag, name, value[:50] if value else "")
-            # url() in a style must stay in the page as well.
-            assert "url(" not in (value or "").replace("url(#", ""), (tag, name)
-    policy = [a["content"] for t, a in page.tags if t == "meta" and "http-equiv" in a]
-    assert len(policy) == 1 and (policy[0] or "").startswith("default-src 'none'; img-src data:;")
-    return page
+def page_of(run: Path, *against: Path) -> Page:
+    return Page(write_report(run, against=against).read_text())
 
 
 def tick(kimg: float, **values: Any) -> str:
@@ -120,21 +113,21 @@ def make_run(folder: Path, lines: list[str] | None = None, **config: Any) -> Pat
 
 
 def set_state(run: Path, status: str, nimg: int, message: str = "") -> None:
-    code = {"running": None, "done": 0, "diverged": 3, "preempted": 75}.get(status, 1)
-    state = {"status": status, "nimg": nimg, "exit_code": code, "message": message}
+    state = {"status": status, "nimg": nimg, "exit_code": None, "message": message}
     (run / "state.json").write_text(json.dumps(state))
 
 
-def add_sample(run: Path, nimg: int, size: int = 16) -> bytes:
+def add_sample(run: Path, nimg: int) -> bytes:
     (run / "samples").mkdir(exist_ok=True)
     path = run / "samples" / f"{nimg:010d}.png"
-    pixels = np.random.default_rng(nimg).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(nimg).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
     return path.read_bytes()
 
 
-def add_checkpoint(run: Path, nimg: int, sha256: str, **metrics: Any) -> None:
-    folder = run / "checkpoints" / f"{nimg:010d}"
-    folder.mkdir(parents=True)
+def add_checkpoint(run: Path, nimg: int, sha256: str, **metrics: Any) -> Path:
+    file = run / "checkpoints" / f"{nimg:010d}" / "meta.json"
+    file.parent.mkdir(parents=True)
     facts = {"nimg": nimg, "metrics": metrics, "sha256": {"ema.safetensors": sha256}}
-    (folder / "meta.json").write_text(json.dumps(facts))
+    file.write_text(json.dumps(facts))
+    return file
