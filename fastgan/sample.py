@@ -15,10 +15,10 @@ from fastgan import config as cfg
 from fastgan.common import distributed
 from fastgan.common.errors import UserError
 from fastgan.common.files import replace_atomically
-from fastgan.evaluation.grid import save_grid
 from fastgan.launch import build, checks
 from fastgan.launch.cli import hydra_command
 from fastgan.launch.engine import prepare_process
+from fastgan.models.sampling import save_grid
 
 
 def sample(config: cfg.SampleConfig) -> None:

@@ -91,7 +91,7 @@ def _grid(path: str, picture: str) -> int:
     # Imported here: torch takes seconds that the other commands need not wait.
     import torch
 
-    from fastgan.evaluation.grid import save_grid
+    from fastgan.models.sampling import save_grid
 
     dataset = open_dataset(path)
     count = min(len(dataset), _GRID_ROWS * _GRID_COLUMNS)

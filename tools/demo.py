@@ -25,11 +25,11 @@ from fastgan.data.dataset import Digits, Split
 from fastgan.evaluation.classifiers import load_classifier
 from fastgan.evaluation.features import PixelPca
 from fastgan.evaluation.frechet import FeatureStatistics, frechet_distance
-from fastgan.evaluation.grid import save_grid
 from fastgan.evaluation.protocol import versions
 from fastgan.launch import build
 from fastgan.launch.cli import compose, packaged_file
 from fastgan.models import Precond
+from fastgan.models.sampling import save_grid
 from fastgan.train import train
 
 TEACHER = Path(packaged_file("assets/digits/edm.safetensors"))

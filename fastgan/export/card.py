@@ -12,10 +12,10 @@ from torch import Tensor
 from fastgan import config as cfg
 from fastgan.checkpoint.network_file import NetworkFile
 from fastgan.common.errors import shown
-from fastgan.evaluation.grid import save_grid
 from fastgan.evaluation.protocol import versions
 from fastgan.launch import build
 from fastgan.models import Precond
+from fastgan.models.sampling import save_grid
 
 CPU = torch.device("cpu")
 ROWS = COLUMNS = 8

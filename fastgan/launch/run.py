@@ -13,13 +13,13 @@ from fastgan.common import distributed
 from fastgan.common.distributed import World
 from fastgan.common.precision import strict_within
 from fastgan.data import ImageDataset
-from fastgan.evaluation.grid import save_grid
 from fastgan.evaluation.protocol import generator_statistics, score
 from fastgan.launch import build, checks
 from fastgan.launch.batch_probe import naming_batch_gpu, naming_what_fits, settle_batch_gpu
 from fastgan.launch.engine import prepare_process
 from fastgan.launch.run_dir import open_run_dir
 from fastgan.models import Precond
+from fastgan.models.sampling import save_grid
 from fastgan.training.loop import Schedule, run_loop
 from fastgan.training.state import TrainingStep
 

@@ -7,7 +7,7 @@ x [N, Cin, H, W], y [N, Cout, H', W'], H' = H, 2 H or H / 2; kept for backward: 
 rstd [N, G] of both norms. The gain and the gradient along the skip enter the norms' backward
 kernels instead of passes of their own, conv0's bias enters norm1's pre_shift and conv1's the final
 addition. A 1x1 skip convolution commutes with resampling: it runs on the smaller side. Where a
-convolution that normalises while it loads was measured to be faster (norm_silu_conv/table.py), it
+convolution that normalises while it loads was measured to be faster (norm_silu_conv/plans.py), it
 takes the place of norm and convolution, and the first one's sums over h are norm1's statistics.
 
 Bound by the convolutions' arithmetic. Beside them, bytes per element of a block that keeps its size
@@ -39,9 +39,8 @@ from fastgan_kernels.norm_silu_conv.launch import (
     norm_silu_conv_forward,
     shape_of,
 )
-from fastgan_kernels.norm_silu_conv.plans import LIBRARY, Direction, Plan, Shape
+from fastgan_kernels.norm_silu_conv.plans import LIBRARY, Direction, Plan, Shape, plan_for
 from fastgan_kernels.norm_silu_conv.sums import Affine, Moments
-from fastgan_kernels.norm_silu_conv.table import plan_for
 from fastgan_kernels.resample import out_size, resample2x, resample2x_launch
 from fastgan_kernels.runtime import (
     channels_last_like,

@@ -15,7 +15,7 @@ from fastgan_kernels import dispatch
 from fastgan_kernels.aot.shapes import NETWORKS
 
 from benchmarks import cases, measure
-from benchmarks.ops import OPS
+from benchmarks.gpu_report.parts import OPS
 from tests.processes import ROOT
 
 

@@ -12,9 +12,9 @@ from fastgan_kernels import dispatch
 
 from benchmarks import cases
 from benchmarks.gpu_report import cifar10, parts, steps, table
+from benchmarks.gpu_report.parts import OPS
 from benchmarks.gpu_report.run import ROOT, Place
 from benchmarks.measure import samples
-from benchmarks.ops import OPS
 from fastgan import config as cfg
 from fastgan.common.errors import UserError
 from fastgan.data import open_dataset

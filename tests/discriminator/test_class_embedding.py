@@ -104,7 +104,7 @@ def test_bad_files(tmp_path):
 
 
 def test_the_tool(tmp_path, monkeypatch, capsys):
-    """On a folder of class folders: a row per class, of the given file's weights, and where from."""
+    """On class folders: a row per class, of the given file's weights, and where from."""
     data = Toy([0] * 6 + [1] * 6, label_dim=2)
     for i, (label, pixels) in enumerate(zip(data.labels, data.pixels, strict=True)):
         (tmp_path / "data" / f"class{label}").mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgan.evaluation.grid import save_grid
+from fastgan.models.sampling import save_grid
 
 
 def _colours(n: int, channels: int) -> torch.Tensor:

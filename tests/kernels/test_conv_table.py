@@ -7,9 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from fastgan_kernels import dispatch
-from fastgan_kernels.norm_silu_conv import table as conv_table
-from fastgan_kernels.norm_silu_conv.plans import LIBRARY, Plan, Shape, candidates, fitted
-from fastgan_kernels.norm_silu_conv.table import Entry, plan_for
+from fastgan_kernels.norm_silu_conv import plans as conv_table
+from fastgan_kernels.norm_silu_conv.plans import (
+    LIBRARY,
+    Entry,
+    Plan,
+    Shape,
+    candidates,
+    fitted,
+    plan_for,
+)
 
 SHAPE = Shape(256, 128, 32, 32, 3)
 PLAN = Plan("fused", 128, 256, 32, 8, 3, tanh=True)

@@ -20,7 +20,7 @@ from fastgan_kernels.dispatch import (
     use,
 )
 from fastgan_kernels.norm_silu import _apex_module, group_norm_silu, group_norm_silu_ref
-from fastgan_kernels.norm_silu_conv import table as conv_table
+from fastgan_kernels.norm_silu_conv import plans as conv_table
 from fastgan_kernels.runtime import FLOATS
 from oracle import DEVICE, assert_as_accurate
 from torch import Tensor, nn

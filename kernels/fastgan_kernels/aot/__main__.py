@@ -17,7 +17,7 @@ from typing import NoReturn
 from fastgan_kernels import runtime
 from fastgan_kernels.aot.builds import builds, convolution_builds
 from fastgan_kernels.aot.compiler import RESERVED, SHARED, Row, compile_build
-from fastgan_kernels.norm_silu_conv.table import SHORT
+from fastgan_kernels.norm_silu_conv.plans import SHORT
 
 TENSOR_CORE = {"sm_80": "mma", "sm_90": "wgmma"}
 # Rows of pixels that are no multiple of 16 bytes; groups of a workspace, some kilobytes.

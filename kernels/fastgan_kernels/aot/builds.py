@@ -19,9 +19,8 @@ from fastgan_kernels.norm_silu_conv.launch import (
     norm_silu_conv_forward,
     shape_of,
 )
-from fastgan_kernels.norm_silu_conv.plans import DIRECTIONS, Architecture, Plan, candidates
+from fastgan_kernels.norm_silu_conv.plans import DIRECTIONS, SHORT, Architecture, Plan, candidates
 from fastgan_kernels.norm_silu_conv.sums import Affine, statistics
-from fastgan_kernels.norm_silu_conv.table import SHORT
 from fastgan_kernels.resample import resample2x_launch
 from fastgan_kernels.resize_normalize import resize_normalize_adjoint, resize_normalize_forward
 from fastgan_kernels.runtime import Launch

@@ -24,8 +24,8 @@ from fastgan_kernels.norm_silu_conv.launch import (
     norm_silu_conv_forward,
     shape_of,
 )
+from fastgan_kernels.norm_silu_conv.plans import OP, plan_for
 from fastgan_kernels.norm_silu_conv.sums import Affine
-from fastgan_kernels.norm_silu_conv.table import OP, plan_for
 from fastgan_kernels.runtime import check_groups, check_image, check_tensor, to_channels_last
 
 

@@ -22,17 +22,17 @@ import torch
 from fastgan_kernels import dispatch, runtime
 from fastgan_kernels.aot.__main__ import Parser
 from fastgan_kernels.aot.shapes import NETWORKS, Network
-from fastgan_kernels.norm_silu_conv import table
+from fastgan_kernels.norm_silu_conv import plans as table
 from fastgan_kernels.norm_silu_conv.plans import (
     DIRECTIONS,
     Architecture,
     Direction,
+    Entry,
     Plan,
     Shape,
     candidates,
 )
-from fastgan_kernels.norm_silu_conv.table import Entry
-from fastgan_kernels.tune.trial import DTYPES, Case, Child, Failed, Hung, Timing, trial
+from fastgan_kernels.tune import DTYPES, Case, Child, Failed, Hung, Timing, trial
 
 # With the process's start, a plan's compilation and the library's first call, which loads cuDNN.
 TRIAL_SECONDS = 180.0
