@@ -150,6 +150,6 @@ def test_the_house_stays_small() -> None:
     lines = {name: len(path.read_text().splitlines()) for name, path in FILES.items()}
     instruments = sum(n for m, n in lines.items() if any(lies_in(m, i) for i in INSTRUMENTS))
     assert len(FILES) <= 135
-    assert sum(lines.values()) <= 18_000
-    assert instruments <= 0.25 * (sum(lines.values()) - instruments)
+    assert sum(lines.values()) <= 19_700
+    assert instruments <= 0.31 * (sum(lines.values()) - instruments)
     assert all(path.read_text().strip() for path in FILES.values()), "an empty file"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastgan_kernels import tune as trials
 from fastgan_kernels.aot.shapes import NETWORKS, Block, Network
 from fastgan_kernels.norm_silu_conv import plans as conv_table
 from fastgan_kernels.norm_silu_conv.plans import (
@@ -22,7 +23,6 @@ from fastgan_kernels.norm_silu_conv.plans import (
 )
 from fastgan_kernels.tune import Case, Child, Rotation, Timing, compare, trial
 from fastgan_kernels.tune import __main__ as tune
-from fastgan_kernels.tune import trial as trials
 
 TINY = Shape(16, 24, 4, 4, 3)
 SLOW, FAST = Plan("fused", 16, 16, 16, 4, 2), Plan("fused", 32, 16, 16, 4, 2, tanh=True)
