@@ -172,8 +172,7 @@ def benchmark(place: Place) -> Content:
 def rates(place: Place) -> Content:
     """What the chip copies (bytes read plus written per second) and multiplies (FLOP per second),
     and what share of the latter the 3x3 convolutions of all networks' passes reach in bf16, each as
-    often as a pass has it; dgrad also as a forward convolution with the flipped weight. The names
-    are those that tools/budget.py reads."""
+    often as a pass has it; dgrad also as a forward convolution with the flipped weight."""
     torch.backends.cudnn.benchmark = True
     found = {"copy_bandwidth": copy_bandwidth(), "matmul_rate": product_rate()}
     found["float32_rate"] = product_rate(torch.float32)

@@ -216,9 +216,7 @@ def record(results: Mapping[str, Content], root: Path) -> str:
     date = max(content["datetime"] for content in found.values())[:10]
     folder = f"benchmarks/results/{MACHINE.lower()}-{date}"
     for name, content in found.items():
-        # Where tools/budget.py finds it.
-        short = "rates" if name == "rates/chip" else name
-        write_json(root / folder / f"{short}.json", content)
+        write_json(root / folder / f"{name}.json", content)
     targets = read_targets(root)
     for target in targets:
         value = value_of(target, results)

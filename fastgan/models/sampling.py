@@ -13,6 +13,8 @@ from fastgan.models import SIGMA_INIT, Precond
 
 SIGMA_MIN = 0.002
 RHO = 7.0
+# Pixels between the rows of a grid that have labels.
+_GAP = 6
 
 
 def rho_grid(
@@ -84,9 +86,6 @@ def heun(
 def to_uint8(images: Tensor) -> Tensor:
     """[-1, 1] -> uint8 as published: the truncation of clip(127.5 x + 128, 0, 255)."""
     return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
-
-
-_GAP = 6
 
 
 def save_grid(

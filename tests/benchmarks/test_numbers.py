@@ -282,7 +282,7 @@ def test_targets_are_recorded_with_their_file(tmp_path: Path) -> None:
     assert changed["frozen_unet_block_vs_compile"]["value"] == pytest.approx(1.2)
     assert changed["frozen_unet_block_vs_compile"]["status"] == "measured"
     check_record(tmp_path)
-    assert json.loads((folder / "rates.json").read_text())["copy_bandwidth"] == 4.3e12
+    assert json.loads((folder / "rates/chip.json").read_text())["copy_bandwidth"] == 4.3e12
     text = (folder / "report.md").read_text()
     assert "| compiled-bf16 | - | 64 | 581.8 | 0.3636 | 100 | 3 | 160 | 40 | 12.5 | 4 |" in text
     assert "- kernels/resample-FFHQ: it broke" in text and "- parity/kernels: not run yet" in text
