@@ -36,6 +36,7 @@ _WORKER = "from tests.reliability.test_killed_saves import worker; worker()"
 OPENS, WRITES = {"open", "openat", "creat"}, {"write", "pwrite64", "writev", "pwritev"}
 SIZES = {"ftruncate", "truncate", "fallocate"}
 SYNCS, RENAMES = {"fsync", "fdatasync"}, {"rename", "renameat", "renameat2"}
+pytestmark = pytest.mark.timeout(900)  # all kills of a scenario take minutes
 # Whose sizes depend on the time that things took.
 REPORTS = ("log.txt", "stats.jsonl")
 
@@ -206,7 +207,7 @@ def found(request: pytest.FixtureRequest) -> Found:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=850,
     )
     assert ended.returncode == 0, ended.stderr
     return Found(*json.loads(ended.stdout))
