@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import pytest
@@ -92,18 +91,19 @@ def kill_in_an_iteration(step: PlainStep | EdmStep, checkpoints: Path) -> None:
 
 def kill_while_saving(step: PlainStep | EdmStep, checkpoints: Path) -> None:
     """While one half of checkpoint 15 is written."""
-    folder, half_written = checkpoints / f".{FIFTEEN}.part", Event()
+    folder = checkpoints / f".{FIFTEEN}.part"
+    half_written = checkpoints.parent.with_suffix(".half")  # a file: the other rank waits too
     save_file = store.save_file
 
     def stuck(tensors: dict[str, Tensor], path: Path) -> None:
         save_file(tensors, path)
         if path.parent == folder:
             os.truncate(path, path.stat().st_size // 2)
-            half_written.set()
+            half_written.touch()
             time.sleep(600)
 
     store.save_file = stuck
-    _kill(step, half_written.is_set)
+    _kill(step, half_written.exists)
 
 
 KILLS = {"in an iteration": kill_in_an_iteration, "while saving": kill_while_saving}
