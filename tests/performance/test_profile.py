@@ -92,7 +92,7 @@ def test_our_own_kernels() -> None:
     assert set(kinds) < {kernel for _, kernel in found}
     for module, kernel in found:
         # The only one whose name is a norm's too is known by its operator.
-        resized = module == "resize_normalize"
+        resized = module == "fastgan_kernels.resize_normalize"
         names = [kernel, *(["fastgan::resize_normalize"] if resized else [])]
         assert kind_of(names) == ("resampling" if resized else kinds.get(kernel, "norm")), kernel
 
