@@ -111,7 +111,7 @@ KILLS = {"in an iteration": kill_in_an_iteration, "while saving": kill_while_sav
 
 def _kill(step: PlainStep | EdmStep, ready: Callable[[], bool]) -> None:
     """SIGKILL in iteration KILLED, before its last update."""
-    last = step.update if isinstance(step, EdmStep) else step.update_d
+    last = step.update_g if isinstance(step, EdmStep) else step.update_d
     update, run, now = Updater.__call__, step.run, [0]
 
     def noted(images: Tensor, labels: Tensor | None, iteration: int) -> StepResult:
